@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zps.config import Settings, variable
+from zps.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def load(environ: dict[str, str] | None = None, **values: object) -> Settings:
+    return Settings.load(environ=environ or {}, **values)
+
+
+def message(environ: dict[str, str] | None = None, **values: object) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(environ, **values)
+    return str(error.value)
+
+
+# Sources
+
+
+def test_arguments_win_over_variables_over_file_over_defaults(tmp_path: Path) -> None:
+    (tmp_path / "zps.toml").write_text('mode = "async"\nstaleness = 5\nquorum = 1.0\nspin_us = 1\n')
+    settings = load({"ZPS_MODE": "ssp", "ZPS_STALENESS": "7"}, mode="bsp")
+
+    assert (settings.mode, settings.staleness, settings.spin_us) == ("bsp", 7, 1)
+    assert settings.source("mode") == "argument"
+    assert settings.source("staleness") == "ZPS_STALENESS"
+    assert settings.source("spin_us") == "zps.toml"
+    assert settings.source("timeout_s") == "default"
+    assert settings.explicit() == {"mode": "bsp", "staleness": 7, "quorum": 1.0, "spin_us": 1}
+
+
+def test_the_process_environment_is_read_when_none_is_passed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ZPS_JOB", "from-the-shell")
+    assert Settings.load().job == "from-the-shell"
+
+
+def test_plain_construction_reads_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZPS_MODE", "ssp")
+    monkeypatch.setenv("MODE", "ssp")
+    assert Settings().mode == "bsp"
+
+
+def test_an_empty_variable_and_a_none_argument_count_as_not_given() -> None:
+    settings = load({"ZPS_MODE": "", "ZPS_CONFIG": ""}, job=None)
+    assert (settings.mode, settings.job) == ("bsp", "default")
+    assert settings.explicit() == {}
+
+
+def test_zps_config_names_another_file(tmp_path: Path) -> None:
+    (tmp_path / "zps.toml").write_text('mode = "async"\n')
+    other = tmp_path / "other.toml"
+    other.write_text("staleness = 3\n")
+    settings = load({"ZPS_CONFIG": str(other)})
+    assert (settings.mode, settings.staleness) == ("bsp", 3)
+    assert settings.source("staleness") == str(other)
+
+
+def test_a_named_file_that_is_not_there_is_an_error() -> None:
+    assert "ZPS_CONFIG='missing.toml'" in message({"ZPS_CONFIG": "missing.toml"})
+
+
+@pytest.mark.parametrize("content", [b"mode = ", b"\xff\xfe", b'mode = "bsp"\nmode = "ssp"\n'])
+def test_a_broken_file_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "zps.toml").write_bytes(content)
+    assert message().startswith("zps.toml: not a TOML file")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("ZPS_MODDE", "ZPS_MODE"),
+        ("ZPS_BUCKETBYTES", "ZPS_BUCKET_BYTES"),
+        ("ZPS_bucket_bytes", "ZPS_BUCKET_BYTES"),
+        ("ZPS_WORLDSIZE", "ZPS_WORLD_SIZE"),
+        ("ZPS_TIMEOUT", "ZPS_TIMEOUT_S"),
+    ],
+)
+def test_a_misspelt_variable_is_an_error_that_names_the_nearest(given: str, meant: str) -> None:
+    assert message({given: "1"}) == f"there is no variable {given}; did you mean {meant}?"
+
+
+def test_an_unlike_variable_gets_no_far_fetched_suggestion() -> None:
+    assert message({"ZPS_XQJ": "1"}).endswith("`zps config` lists all of them.")
+
+
+def test_a_misspelt_argument_or_file_entry_is_an_error_too(tmp_path: Path) -> None:
+    assert "did you mean quorum?" in message(quorom=1)
+    with pytest.raises(ConfigError, match="did you mean mode"):
+        Settings(mod="bsp")
+    (tmp_path / "zps.toml").write_text("bucket-bytes = 4096\n")
+    assert message() == ("there is no setting in zps.toml bucket-bytes; did you mean bucket_bytes?")
+
+
+def test_variables_without_the_prefix_are_no_concern() -> None:
+    assert load({"MODE": "ssp", "XZPS_MODE": "ssp", "zps_mode": "ssp"}).mode == "bsp"
+
+
+def test_an_invalid_value_names_its_source_the_value_and_what_is_allowed(tmp_path: Path) -> None:
+    assert message({"ZPS_MODE": "bps"}).startswith(
+        "ZPS_MODE='bps': must be 'bsp', 'ssp' or 'async'"
+    )
+    assert message(mode="bps").startswith("mode='bps': must be")
+    (tmp_path / "zps.toml").write_text('mode = "bps"\n')
+    assert message().startswith("zps.toml: mode='bps': must be")
+
+
+def test_all_invalid_values_are_named_at_once() -> None:
+    text = message({"ZPS_MODE": "x", "ZPS_QUORUM": "2"})
+    assert "ZPS_MODE='x'" in text
+    assert "ZPS_QUORUM='2'" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("quorum", 0),
+        ("quorum", 1.01),
+        ("quorum", float("nan")),
+        ("staleness", -1),
+        ("timeout_s", 0),
+        ("timeout_s", float("inf")),
+        ("connect_timeout_s", -1),
+        ("rank", -1),
+        ("rank", "one"),
+        ("world_size", 0),
+        ("min_workers", 0),
+        ("hub_threads", 0),
+        ("spin_us", -1),
+        ("job", ""),
+        ("hub", "localhost"),
+        ("hub", "tcp://a:1,nonsense"),
+        ("pull", "sometimes"),
+        ("nonfinite", "ignore"),
+        ("on_death", "panic"),
+        ("log_level", "loud"),
+        ("bucket_bytes", 4095),
+        ("bucket_bytes", 4096 + 32),
+        ("bucket_bytes", "-4MiB"),
+        ("bucket_bytes", "4 potatoes"),
+        ("bucket_bytes", True),
+    ],
+)
+def test_a_value_out_of_range_is_refused(name: str, value: object) -> None:
+    assert message(**{name: value}).startswith(f"{name}={value!r}: ")
+
+
+@pytest.mark.parametrize("name", ["compression", "pull_compression"])
+def test_an_unknown_codec_says_which_ones_there_are(name: str) -> None:
+    assert "must be 'none'" in message(**{name: "int8"})
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    assert "rank=2 must be below world_size=2" in message(rank=2, world_size=2)
+    assert "min_workers=3 must not exceed world_size=2" in message(min_workers=3, world_size=2)
+    assert "needs mode='bsp'" in message(quorum=0.5, mode="async")
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("4096", 4096),
+        ("4MiB", 4 * 2**20),
+        ("512 KiB", 512 * 2**10),
+        ("0.5MiB", 2**19),
+        ("1gib", 2**30),
+        ("64kB", 64_000),
+    ],
+)
+def test_byte_sizes_are_written_as_people_write_them(text: str, size: int) -> None:
+    value = load({"ZPS_BUCKET_BYTES": text}).bucket_bytes
+    assert value == size
+    assert type(value) is int
+
+
+def test_hub_addresses_are_a_comma_separated_list() -> None:
+    assert load().hubs == ()
+    assert load(hub="tcp://a:1, ipc:///run/x,").hubs == ("tcp://a:1", "ipc:///run/x")
+
+
+def test_only_the_drop_policy_has_a_limit_to_drop_over() -> None:
+    assert load(staleness=4).drop_over is None
+    assert load(staleness=4, staleness_policy="drop", mode="ssp").drop_over == 4
+
+
+def test_the_runtime_folder_is_the_users_own(tmp_path: Path) -> None:
+    assert load({"XDG_RUNTIME_DIR": str(tmp_path)}).runtime_dir == tmp_path / "zps"
+    assert load({"XDG_RUNTIME_DIR": str(tmp_path)}).source("runtime_dir") == "default"
+    fallback = Path(f"/tmp/zps-{os.getuid()}")
+    assert load({"XDG_RUNTIME_DIR": str(tmp_path / "missing")}).runtime_dir == fallback
+    assert load({}).runtime_dir == fallback
+    assert load({"ZPS_RUNTIME_DIR": "/somewhere"}).runtime_dir == Path("/somewhere")
+
+
+def test_settings_are_frozen_and_survive_pickling() -> None:
+    settings = load(mode="ssp")
+    with pytest.raises(ValueError, match="frozen"):
+        settings.mode = "bsp"  # type: ignore[misc]
+    again = pickle.loads(pickle.dumps(settings))
+    assert again == settings
+    assert again.source("mode") == "argument"
+
+
+def test_replace_checks_what_it_changes_and_keeps_the_sources() -> None:
+    settings = load({"ZPS_MODE": "ssp"}, world_size=2).replace(rank=1)
+    assert (settings.rank, settings.mode) == (1, "ssp")
+    assert settings.source("mode") == "ZPS_MODE"
+    assert settings.source("staleness") == "default"
+    with pytest.raises(ConfigError, match="rank=2 must be below"):
+        settings.replace(rank=2)
+
+
+@given(
+    mode=st.sampled_from(["bsp", "ssp", "async"]),
+    alpha=st.floats(0, 1e9, allow_nan=False),
+    buckets=st.integers(64, 2**20),
+    job=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30),
+    threads=st.none() | st.integers(1, 64),
+)
+def test_a_child_process_gets_the_same_settings_through_its_environment(
+    mode: str, alpha: float, buckets: int, job: str, threads: int | None
+) -> None:
+    settings = load(
+        mode=mode,
+        staleness_alpha=alpha,
+        bucket_bytes=buckets * 64,
+        job=job,
+        hub_threads=threads,
+        checkpoint_dir=Path("/a b/c"),
+    )
+    child = load(settings.to_env())
+    assert child.model_dump() == settings.model_dump()
+    assert child.explicit().keys() == settings.explicit().keys()
+
+
+def test_only_explicit_settings_reach_a_child(tmp_path: Path) -> None:
+    assert load({"XDG_RUNTIME_DIR": str(tmp_path)}).to_env() == {}
+    assert load(mode="ssp").to_env() == {"ZPS_MODE": "ssp"}
+
+
+def test_every_setting_has_a_variable_and_a_description() -> None:
+    assert variable("bucket_bytes") == "ZPS_BUCKET_BYTES"
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
