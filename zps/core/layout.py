@@ -15,7 +15,8 @@ Rules, each with its reason:
 * a bucket begins at a multiple of 64 bytes and has 64 at least: none is empty;
 * a bucket has at most `bucket_bytes`, unless `split` is off and one tensor alone has more.
 
-Up to 64 bytes between two buckets may belong to neither. Extras (a model's buffers) are published after the parameters and belong to no bucket.
+Between two buckets, up to 64 bytes may belong to neither. Extras (a model's buffers) are published
+after the parameters and belong to no bucket.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from zps.errors import DuplicateName, LayoutError, ProtocolError, TensorMismatch
@@ -35,12 +37,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes that can be trained."""
 
 ITEMSIZE = {
-    **{"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2},
-    **{"int64": 8, "int32": 4, "int16": 2, "int8": 1, "bool": 1},
-    **{"uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1},
-    **{"complex128": 16, "complex64": 8, "complex32": 4},
-    **{"float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1, "float8_e5m2fnuz": 1},
-    **{"float8_e8m0fnu": 1},
+    name: size
+    for size, names in (
+        (16, "complex128"),
+        (8, "float64 int64 uint64 complex64"),
+        (4, "float32 int32 uint32 complex32"),
+        (2, "float16 bfloat16 int16 uint16"),
+        (1, "bool int8 uint8"),
+        (1, "float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"),
+    )
+    for name in names.split()
 }
 """Bytes an element, for every dtype that an extra may have."""
 
@@ -375,21 +381,19 @@ def _check_totals(params: Sequence[Param], extras: Sequence[Param], bucket_bytes
 def _first_difference(
     kind: str, mine: Sequence[Param], theirs: Sequence[Param], mine_who: str, other_who: str
 ) -> str:
-    for i in range(max(len(mine), len(theirs))):
-        a = mine[i] if i < len(mine) else None
-        b = theirs[i] if i < len(theirs) else None
+    for i, (a, b) in enumerate(zip_longest(mine, theirs)):
         if a == b:
             continue
         if a is not None and b is not None and a.name == b.name:
-            if a.shape != b.shape:
-                return f"{kind} '{a.name}' is {a.shape} on {mine_who} but {b.shape} on {other_who}"
-            return f"{kind} '{a.name}' is {a.dtype} on {mine_who} but {b.dtype} on {other_who}"
+            what, other = (a.shape, b.shape) if a.shape != b.shape else (a.dtype, b.dtype)
+            return f"{kind} '{a.name}' is {what} on {mine_who} but {other} on {other_who}"
         if a is not None and all(a.name != p.name for p in theirs):
             return f"{kind} '{a.name}' of {mine_who} is missing on {other_who}"
         if b is not None and all(b.name != p.name for p in mine):
             return f"{kind} '{b.name}' of {other_who} is missing on {mine_who}"
-        assert a is not None and b is not None  # same names, so the same number of them
-        return f"{kind} number {i} is '{a.name}' on {mine_who} but '{b.name}' on {other_who}"
+        # The same names in another order; neither list is at its end.
+        names = (mine[i].name, theirs[i].name)
+        return f"{kind} number {i} is '{names[0]}' on {mine_who} but '{names[1]}' on {other_who}"
     return ""
 
 
