@@ -1,0 +1,1 @@
+"""Who starts what, and where: on this machine, or inside another launcher's job."""
