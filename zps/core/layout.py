@@ -124,6 +124,7 @@ class Layout:
     extras: tuple[Param, ...]
     bucket_bytes: int
     split: bool
+    fuse: bool
     pieces: tuple[Piece, ...] = field(compare=False, repr=False)
     buckets: tuple[Bucket, ...] = field(compare=False, repr=False)
     index: dict[str, int] = field(compare=False, repr=False)
@@ -139,7 +140,7 @@ class Layout:
     total_bytes: int = field(compare=False)
     """Bytes of the weights arena: `arena_bytes`, then the extras; a multiple of 64."""
     hash: str = field(compare=False)
-    """SHA-256 in hex over params, extras, bucket_bytes and split."""
+    """SHA-256 in hex over params, extras, bucket_bytes, split and fuse."""
     _first_piece: tuple[int, ...] = field(compare=False, repr=False)
 
     @classmethod
@@ -150,12 +151,15 @@ class Layout:
         *,
         bucket_bytes: int,
         split: bool = True,
+        fuse: bool = True,
     ) -> Layout:
         """Lay `params` out in the order given, in buckets of at most `bucket_bytes`.
 
         bucket_bytes  a positive multiple of 64
         split         cut a tensor that is larger than a bucket; otherwise it has a bucket of its
                       own, as large as it needs
+        fuse          put small tensors together; otherwise each has its own buckets, and can be
+                      pushed alone
         Raises DuplicateName, TensorMismatch (a dtype that cannot be trained), LayoutError.
         """
         if bucket_bytes <= 0 or bucket_bytes % ALIGN_BYTES or bucket_bytes >= MAX_BYTES:
@@ -165,7 +169,7 @@ class Layout:
         index, extra_index = _indices(params, extras)
         _check_totals(params, extras, bucket_bytes)
 
-        cutter = _Cutter(bucket_bytes, split)
+        cutter = _Cutter(bucket_bytes, split, fuse)
         for param in params:
             cutter.add(param)
         cutter.close()
@@ -179,6 +183,7 @@ class Layout:
             extras=extras,
             bucket_bytes=bucket_bytes,
             split=split,
+            fuse=fuse,
             pieces=tuple(cutter.pieces),
             buckets=tuple(cutter.buckets),
             index=index,
@@ -187,7 +192,7 @@ class Layout:
             flat_elements=_up(cutter.begin, ALIGN_ELEMENTS),
             arena_bytes=arena_bytes,
             total_bytes=byte,
-            hash=_digest(_wire(params, extras, bucket_bytes, split)),
+            hash=_digest(_wire(params, extras, bucket_bytes, split, fuse)),
             _first_piece=(*cutter.first_piece, len(cutter.pieces)),
         )
 
@@ -204,8 +209,8 @@ class Layout:
         return self.pieces[self._first_piece[param]].begin
 
     def to_wire(self) -> list[Any]:
-        """Plain lists for MessagePack: [bucket_bytes, split, params, extras]."""
-        return _wire(self.params, self.extras, self.bucket_bytes, self.split)
+        """Plain lists for MessagePack: [bucket_bytes, split, fuse, params, extras]."""
+        return _wire(self.params, self.extras, self.bucket_bytes, self.split, self.fuse)
 
     @classmethod
     def from_wire(cls, wire: object) -> Layout:
@@ -214,17 +219,17 @@ class Layout:
         Costs memory in proportion to the message, plus MAX_BUCKETS buckets at most.
         Raises ProtocolError for anything that `to_wire` cannot have made.
         """
-        bucket_bytes, split, params, extras = _sequence(wire, "a layout", 4, 4)
+        bucket_bytes, split, fuse, params, extras = _sequence(wire, "a layout", 5, 5)
         if type(bucket_bytes) is not int or not 0 < bucket_bytes < MAX_BYTES:
             raise ProtocolError("a layout's bucket_bytes is not a positive integer below 2**48")
-        if type(split) is not bool:
-            raise ProtocolError("a layout's split is not a boolean")
+        if type(split) is not bool or type(fuse) is not bool:
+            raise ProtocolError("a layout's split and fuse are not booleans")
         tensors = [
             [_param(p) for p in _sequence(group, "a layout's list of tensors", 0, MAX_TENSORS)]
             for group in (params, extras)
         ]
         try:
-            return cls.build(*tensors, bucket_bytes=bucket_bytes, split=split)
+            return cls.build(*tensors, bucket_bytes=bucket_bytes, split=split, fuse=fuse)
         except LayoutError as error:
             raise ProtocolError(f"a peer's layout is not valid: {error}") from error
 
@@ -240,7 +245,7 @@ class Layout:
             found = _first_difference(kind, mine, theirs, mine_who, other_who)
             if found:
                 return f"{found}. Every worker must build the same model."
-        for setting in ("bucket_bytes", "split"):
+        for setting in ("bucket_bytes", "split", "fuse"):
             a, b = getattr(self, setting), getattr(other, setting)
             if a != b:
                 return (
@@ -257,9 +262,10 @@ class _Cutter:
     the flat offset behind its last element.
     """
 
-    def __init__(self, bucket_bytes: int, split: bool) -> None:
+    def __init__(self, bucket_bytes: int, split: bool, fuse: bool) -> None:
         self.bucket_bytes = bucket_bytes
         self.split = split
+        self.fuse = fuse
         self.pieces: list[Piece] = []
         self.buckets: list[Bucket] = []
         self.first_piece: list[int] = []
@@ -275,8 +281,9 @@ class _Cutter:
         size = ITEMSIZE[param.dtype]
         left = param.numel
         start = _up(self.end, ALIGN_ELEMENTS)
-        if self.end > self.begin and (start + left - self.begin) * size > self.bucket_bytes:
-            self._cut_at(start)
+        full = (start + left - self.begin) * size > self.bucket_bytes
+        if len(self.pieces) > self.opened_at and (not self.fuse or (full and self.end > self.begin)):
+            start = self._cut_at(start)
         whole = self.bucket_bytes // size
         index = len(self.first_piece)
         self.first_piece.append(len(self.pieces))
@@ -302,11 +309,13 @@ class _Cutter:
         self.byte += nbytes
         self.opened_at = len(self.pieces)
 
-    def _cut_at(self, start: int) -> None:
-        """End the open bucket; the next, of the same dtype, begins at `start`."""
+    def _cut_at(self, start: int) -> int:
+        """End the open bucket; the next, of the same dtype, begins at `start` or behind its end."""
         self.close()
+        start = max(start, _up(self.begin, ALIGN_ELEMENTS))
         self.byte += (start - self.begin) * ITEMSIZE[self.dtype]
         self.begin = self.end = start
+        return start
 
     def _piece(self, param: int, start: int, count: int, done: int) -> None:
         byte = self.byte + (start - self.begin) * ITEMSIZE[self.dtype]
@@ -319,10 +328,10 @@ def _up(value: int, multiple: int) -> int:
 
 
 def _wire(
-    params: Sequence[Param], extras: Sequence[Param], bucket_bytes: int, split: bool
+    params: Sequence[Param], extras: Sequence[Param], bucket_bytes: int, split: bool, fuse: bool
 ) -> list[Any]:
     groups = ([[p.name, list(p.shape), p.dtype] for p in group] for group in (params, extras))
-    return [bucket_bytes, split, *groups]
+    return [bucket_bytes, split, fuse, *groups]
 
 
 def _digest(wire: list[Any]) -> str:
