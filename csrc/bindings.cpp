@@ -1,0 +1,172 @@
+// The only file with Python headers. Addresses arrive as integers that zps/native.py has checked;
+// whatever touches bulk data or waits releases the GIL.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "core/dispatch.h"
+#include "core/engine.h"
+#include "core/job.h"
+#include "core/pool.h"
+#include "core/seqlock.h"
+#include "core/words.h"
+#include "optim/facts.h"
+
+namespace py = pybind11;
+
+namespace zps {
+namespace {
+
+using Address = std::uintptr_t;
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const Kernels& kernels_of(const std::string& isa) {
+  for (const Target& target : targets()) {
+    if (isa == target.name) return *target.kernels;
+  }
+  throw std::invalid_argument("this CPU cannot run instruction set '" + isa + "'");
+}
+
+/// Looked up once: the guard on every use is cheaper than asking the CPU.
+const Kernels& best_kernels() {
+  static const Kernels& best = *targets().front().kernels;
+  return best;
+}
+
+const Kernels& chosen(const std::string& isa) {
+  return isa.empty() ? best_kernels() : kernels_of(isa);
+}
+
+struct Looked {
+  double sum_sq;
+  bool finite;
+};
+
+Looked encode(Address source, Address out, std::uint64_t n, Dtype dtype, const std::string& isa) {
+  const double sum_sq = chosen(isa).encode(at<const void>(source), at<void>(out), n, dtype);
+  return {sum_sq, std::isfinite(sum_sq)};
+}
+
+std::vector<float*> float_pointers(const std::vector<Address>& addresses) {
+  std::vector<float*> pointers;
+  for (const Address address : addresses) pointers.push_back(at<float>(address));
+  return pointers;
+}
+
+void bind_engine(py::module_& m) {
+  py::class_<Pool>(m, "Pool")
+      .def(py::init<unsigned>())
+      .def_property_readonly("threads", &Pool::threads)
+      .def_property_readonly("forked", &Pool::forked);
+
+  py::class_<Job>(m, "Job")
+      .def(py::init([](int rule, int dtype, std::uint32_t hyper_count, Address segments,
+                       std::size_t segment_count, Address weights, Address master, Address seq) {
+        return new Job(static_cast<Rule>(rule), static_cast<Dtype>(dtype), hyper_count,
+                       at<const Segment>(segments), segment_count, weights, master, seq);
+      }))
+      .def("set_round",
+           [](Job& job, std::vector<Address> states, std::vector<Address> slots,
+              std::vector<float> scales, float divisor, Address hypers, Address steps, float coef,
+              double lr_factor, float dc_lambda, Address base) {
+             job.set_round({std::move(states), std::move(slots), std::move(scales), divisor,
+                            at<const double>(hypers), at<const std::int64_t>(steps), coef,
+                            lr_factor, dc_lambda, base});
+           });
+
+  m.def("apply",
+        [](Pool& pool, const Jobs& jobs, const std::string& isa) {
+          apply(pool, chosen(isa), jobs);
+        },
+        NoGil());
+  m.def("reduce",
+        [](Pool& pool, const Jobs& jobs, const std::vector<Address>& outs,
+           const std::string& isa) { reduce(pool, chosen(isa), jobs, float_pointers(outs)); },
+        NoGil());
+  m.def("norm_sq",
+        [](Pool& pool, const Jobs& jobs, const std::string& isa) {
+          return norm_sq(pool, chosen(isa), jobs);
+        },
+        NoGil());
+  m.def("encode", [](Address source, Address out, std::uint64_t n, int dtype,
+                     const std::string& isa) {
+    Looked looked;
+    {
+      const py::gil_scoped_release no_gil;
+      looked = encode(source, out, n, static_cast<Dtype>(dtype), isa);
+    }
+    return py::make_tuple(looked.sum_sq, looked.finite);
+  });
+}
+
+void bind_words(py::module_& m) {
+  m.def("wait",
+        [](Address signal, Address words, Address index, Address targets, std::size_t count,
+           Address mail, std::uint32_t mail_seen, std::int64_t spin_ns, std::int64_t timeout_ns) {
+          const Wish wish = {at<const Word64>(words), at<const std::uint32_t>(index),
+                             at<const std::uint64_t>(targets), count, at<const Word32>(mail),
+                             mail_seen};
+          return static_cast<int>(wait(*at<const Word32>(signal), wish, spin_ns, timeout_ns));
+        },
+        NoGil());
+  m.def("post", [](Address signal, Address words, Address index, Address values,
+                   std::size_t count) {
+    post(*at<Word32>(signal), at<Word64>(words), at<const std::uint32_t>(index),
+         at<const std::uint64_t>(values), count);
+  });
+  m.def("pull",
+        [](Address seq, Address source, Address out, std::size_t bytes, std::uint64_t tries) {
+          return seq_read(*at<const Word64>(seq), at<const void>(source), at<void>(out), bytes,
+                          tries);
+        },
+        NoGil());
+  // acquire and release: words written here are read by another process's load, wait or pull.
+  m.def("load_u64",
+        [](Address word) { return at<const Word64>(word)->load(std::memory_order_acquire); });
+  m.def("store_u64", [](Address word, std::uint64_t value) {
+    at<Word64>(word)->store(value, std::memory_order_release);
+  });
+  m.def("load_u32",
+        [](Address word) { return at<const Word32>(word)->load(std::memory_order_acquire); });
+  m.def("store_u32", [](Address word, std::uint32_t value) {
+    at<Word32>(word)->store(value, std::memory_order_release);
+  });
+  m.def("add_u32", [](Address word, std::uint32_t value) {
+    return at<Word32>(word)->fetch_add(value, std::memory_order_acq_rel) + value;
+  });
+}
+
+void bind_facts(py::module_& m) {
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const Target& target : targets()) names.emplace_back(target.name);
+    return names;
+  });
+  m.def("states_used", [](int rule, Address hyper) {
+    return states_used(static_cast<Rule>(rule), at<const double>(hyper));
+  });
+  py::list rules;
+  for (const RuleFacts& facts : rule_facts()) {
+    rules.append(
+        py::make_tuple(facts.name, static_cast<int>(facts.rule), facts.hypers, facts.states));
+  }
+  m.attr("RULES") = py::tuple(rules);
+  m.attr("TILE") = kTile;
+}
+
+}  // namespace
+}  // namespace zps
+
+PYBIND11_MODULE(_core, m) {
+  zps::bind_engine(m);
+  zps::bind_words(m);
+  zps::bind_facts(m);
+}

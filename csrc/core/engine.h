@@ -1,0 +1,24 @@
+// Spreads the tiles of jobs over a pool. Results do not depend on the number of threads.
+#pragma once
+
+#include <vector>
+
+#include "core/job.h"
+#include "core/pool.h"
+#include "kernels.h"
+
+namespace zps {
+
+using Jobs = std::vector<Job*>;
+
+/// Averages the contributions of every job and applies its rule. A job's seq word is odd from its
+/// first write to its last, then one version higher; parameters at step 0 are left as they are.
+void apply(Pool& pool, const Kernels& kernels, const Jobs& jobs);
+
+/// outs[j][i] = averaged gradient of element i of job j; parameters at step 0 are left out.
+void reduce(Pool& pool, const Kernels& kernels, const Jobs& jobs, const std::vector<float*>& outs);
+
+/// Sum of squares of the averaged gradients of all jobs; parameters at step 0 count nothing.
+double norm_sq(Pool& pool, const Kernels& kernels, const Jobs& jobs);
+
+}  // namespace zps

@@ -1,0 +1,62 @@
+#include "core/job.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "optim/facts.h"
+
+namespace zps {
+
+Job::Job(Rule rule, Dtype dtype, std::uint32_t hyper_count, const Segment* segments,
+         std::size_t segment_count, std::uintptr_t weights, std::uintptr_t master,
+         std::uintptr_t seq)
+    : segments_(segments, segments + segment_count), seq_(reinterpret_cast<Word64*>(seq)) {
+  work_.rule = rule;
+  work_.dtype = dtype;
+  work_.hyper_count = hyper_count;
+  work_.weights = reinterpret_cast<void*>(weights);
+  work_.master = reinterpret_cast<float*>(master);
+}
+
+void Job::set_round(Round round) {
+  round_ = std::move(round);
+  // assign takes the first contribution as it is; sum and add do not divide.
+  const bool assign = work_.rule == Rule::kAssign;
+  const bool divides = !assign && work_.rule != Rule::kSum && work_.rule != Rule::kAdd;
+  if (assign) round_.slots.resize(1);
+  const bool scaled = !assign && std::any_of(round_.scales.begin(), round_.scales.end(),
+                                             [](float scale) { return scale != 1.0f; });
+  work_.slots = reinterpret_cast<const void* const*>(round_.slots.data());
+  work_.slot_count = static_cast<std::uint32_t>(round_.slots.size());
+  work_.scales = scaled ? round_.scales.data() : nullptr;
+  work_.divisor = divides ? round_.divisor : 1.0f;
+  work_.coef = round_.coef;
+  work_.dc_lambda = round_.dc_lambda;
+  work_.base = reinterpret_cast<const void*>(round_.base);
+  work_.hypers = round_.hypers;
+  work_.steps = round_.steps;
+  work_.lr_factor = round_.lr_factor;
+  std::transform(round_.states.begin(), round_.states.end(), work_.states,
+                 [](std::uintptr_t address) { return reinterpret_cast<float*>(address); });
+  check_states();
+}
+
+void Job::check_states() const {
+  std::uint32_t checked = UINT32_MAX;  // neighbours mostly share a group
+  for (const Segment& segment : segments_) {
+    if (segment.group == checked) continue;
+    checked = segment.group;
+    const double* hyper = work_.hypers + std::uint64_t{checked} * work_.hyper_count;
+    const unsigned used = states_used(work_.rule, hyper);
+    for (int state = 0; state < kMaxStates; ++state) {
+      if ((used >> state & 1) != 0 && work_.states[state] == nullptr) {
+        throw std::invalid_argument("group " + std::to_string(checked) + " uses state " +
+                                    std::to_string(state) + ", which has no memory");
+      }
+    }
+  }
+}
+
+}  // namespace zps

@@ -1,0 +1,43 @@
+// What each instruction set provides. kernels.inc.h is compiled once per target, in the target's
+// own namespace; dispatch.h picks one table at run time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/work.h"
+
+namespace zps {
+
+/// Elements of a tile: the averaged gradient of one tile stays in the first-level cache.
+/// Sums of squares are added tile by tile, so this number is part of their value.
+constexpr std::size_t kTile = 4096;
+
+struct Kernels {
+  /// Average, then the rule, then the published copy, for elements [begin, end) of a segment.
+  void (*apply)(const Work&, const Segment&, std::uint64_t begin, std::uint64_t end);
+
+  /// The averaged gradient of elements [begin, end) into out[begin, end).
+  void (*reduce)(const Work&, std::uint64_t begin, std::uint64_t end, float* out);
+
+  /// Sum of squares of the averaged gradient of at most one tile.
+  double (*norm_sq)(const Work&, std::uint64_t begin, std::uint64_t end);
+
+  /// Copies n elements to dst (nullptr: only looks) and returns their sum of squares, which is
+  /// finite if and only if every element is: a double holds the square of any float.
+  double (*encode)(const void* src, void* dst, std::uint64_t n, Dtype);
+};
+
+namespace base {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+}  // namespace zps

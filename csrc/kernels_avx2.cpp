@@ -1,0 +1,2 @@
+#define ZPS_TARGET avx2
+#include "kernels.inc.h"

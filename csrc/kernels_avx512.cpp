@@ -1,0 +1,2 @@
+#define ZPS_TARGET avx512
+#include "kernels.inc.h"

@@ -1,0 +1,2 @@
+#define ZPS_TARGET base
+#include "kernels.inc.h"

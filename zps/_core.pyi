@@ -1,0 +1,67 @@
+"""The compiled core. Only zps.native imports it: addresses are taken on trust here."""
+
+from collections.abc import Sequence
+
+RULES: tuple[tuple[str, int, list[str], list[str]], ...]
+TILE: int
+
+class Pool:
+    def __init__(self, threads: int) -> None: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def forked(self) -> bool: ...
+
+class Job:
+    def __init__(
+        self,
+        rule: int,
+        dtype: int,
+        hyper_count: int,
+        segments: int,
+        segment_count: int,
+        weights: int,
+        master: int,
+        seq: int,
+        /,
+    ) -> None: ...
+    def set_round(
+        self,
+        states: Sequence[int],
+        slots: Sequence[int],
+        scales: Sequence[float],
+        divisor: float,
+        hypers: int,
+        steps: int,
+        coef: float,
+        lr_factor: float,
+        dc_lambda: float,
+        base: int,
+        /,
+    ) -> None: ...
+
+def apply(pool: Pool, jobs: Sequence[Job], isa: str, /) -> None: ...
+def reduce(pool: Pool, jobs: Sequence[Job], outs: Sequence[int], isa: str, /) -> None: ...
+def norm_sq(pool: Pool, jobs: Sequence[Job], isa: str, /) -> float: ...
+def encode(source: int, out: int, n: int, dtype: int, isa: str, /) -> tuple[float, bool]: ...
+def wait(
+    signal: int,
+    words: int,
+    index: int,
+    targets: int,
+    count: int,
+    mail: int,
+    mail_seen: int,
+    spin_ns: int,
+    timeout_ns: int,
+    /,
+) -> int: ...
+def post(signal: int, words: int, index: int, values: int, count: int, /) -> None: ...
+def pull(seq: int, source: int, out: int, nbytes: int, tries: int, /) -> int: ...
+def load_u64(word: int, /) -> int: ...
+def store_u64(word: int, value: int, /) -> None: ...
+def load_u32(word: int, /) -> int: ...
+def store_u32(word: int, value: int, /) -> None: ...
+def add_u32(word: int, value: int, /) -> int: ...
+def isas() -> list[str]: ...
+def states_used(rule: int, hyper: int, /) -> int: ...

@@ -1,0 +1,391 @@
+"""The one door to the compiled core: checks dtypes, shapes and alignment, then passes pointers.
+
+Memory is given as integer addresses, because it lies in shared segments, tensors and arrays alike;
+the caller keeps it alive and large enough. Every call that touches bulk data or waits releases the
+GIL. What is wrong in a call is a ValueError; a pool in a forked child is ForkedProcess.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zps import _core
+from zps.errors import Closed, ForkedProcess
+
+#: Elements of a tile. Sums of squares are added tile by tile.
+TILE: int = _core.TILE
+
+#: Dtypes of gradients and published weights; bfloat16 and float16 are 2 bytes wide.
+DTYPE = {"float32": 0, "bfloat16": 1, "float16": 2}
+_ITEMSIZE = (4, 2, 2)
+
+#: A piece of a parameter inside a bucket; `begin` counts elements from the bucket's first.
+SEGMENT = np.dtype([("begin", "<u8"), ("count", "<u8"), ("group", "<u4"), ("param", "<u4")])
+
+MAX_THREADS = 512
+
+
+class RuleFacts(NamedTuple):
+    """A rule of the core: its id, its columns of packed hyperparameters, its states in order."""
+
+    kernel: int
+    hypers: tuple[str, ...]
+    states: tuple[str, ...]
+
+
+RULES = {
+    name: RuleFacts(kernel, tuple(hypers), tuple(states))
+    for name, kernel, hypers, states in _core.RULES
+}
+_BY_KERNEL = {facts.kernel: facts for facts in RULES.values()}
+
+
+class Waited(enum.IntEnum):
+    """Why `wait` returned."""
+
+    REACHED = 0
+    MAIL = 1
+    TIMEOUT = 2
+
+
+def isas() -> list[str]:
+    """The instruction sets this CPU can run, best first; the last is "base"."""
+    return _core.isas()
+
+
+def isa() -> str:
+    """The instruction set that runs when none is named."""
+    return isas()[0]
+
+
+def states_used(kernel: int, hypers: NDArray[np.float64]) -> tuple[str, ...]:
+    """The states a rule touches under one row of packed hyperparameters."""
+    facts = _facts(kernel)
+    _check_array(hypers, np.float64, (len(facts.hypers),), "hypers")
+    used = _core.states_used(kernel, _address(hypers))
+    return tuple(name for i, name in enumerate(facts.states) if used >> i & 1)
+
+
+class Pool:
+    """A thread pool of `threads` threads, the caller being one of them.
+
+    Costs no CPU while idle. It does not survive a fork: make it in the process that uses it.
+    """
+
+    def __init__(self, threads: int):
+        if not 1 <= threads <= MAX_THREADS:
+            raise ValueError(f"a pool has 1 to {MAX_THREADS} threads, not {threads}")
+        self.threads = threads
+        self._pool: _core.Pool | None = _core.Pool(threads)
+
+    def close(self) -> None:
+        """End the threads. Closing twice is allowed."""
+        self._pool = None
+
+    def _open(self) -> _core.Pool:
+        if self._pool is None:
+            raise Closed("the thread pool is closed; make another")
+        if self._pool.forked:
+            raise ForkedProcess(
+                "this thread pool belongs to the parent process, and threads do not survive a "
+                "fork; make a pool in the child, or start it with the 'spawn' method"
+            )
+        return self._pool
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """What one application to one bucket reads and writes.
+
+    Make it once; set the fields of the second part for every round. Pointers are for the bucket's
+    first element, `elements` long.
+
+    rule         kernel id, from RULES
+    segments     (k,) SEGMENT, disjoint
+    grad_dtype   of slots, published weights and base, from DTYPE
+    weights_ptr  published weights
+    master_ptr   float32 weights; weights_ptr itself when grad_dtype is float32
+    state_ptrs   float32 each, in the order of RULES[...].states; 0 for one the options switch off
+    seq_ptr      uint64 seqlock word: odd while weights are written, version * 2 after; or 0
+
+    slots        addresses of the contributions, added in this order
+    scales       weight of each; empty: all 1
+    divisor      the sum is divided by it (by every rule but sum, assign and add)
+    hypers       (groups, columns) float64
+    steps        int64 per param: the number of this application, from 1; 0: leave the param alone
+    coef         factor on the averaged gradient, as for clipping
+    lr_factor    factor on the learning rate
+    dc_lambda    delay compensation g += lambda * g * g * (weights now - base), when base_ptr is set
+    base_ptr     the weights the gradient was computed on, or 0
+    """
+
+    rule: int
+    segments: NDArray[np.void]
+    grad_dtype: int
+    weights_ptr: int
+    master_ptr: int
+    state_ptrs: Sequence[int] = ()
+    seq_ptr: int = 0
+
+    slots: Sequence[int] = ()
+    scales: Sequence[float] = ()
+    divisor: float = 1.0
+    hypers: NDArray[np.float64] | None = None
+    steps: NDArray[np.int64] | None = None
+    coef: float = 1.0
+    lr_factor: float = 1.0
+    dc_lambda: float = 0.0
+    base_ptr: int = 0
+
+    elements: int = field(init=False)
+    _groups: int = field(init=False, repr=False)
+    _params: int = field(init=False, repr=False)
+    _native: _core.Job = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        facts = _facts(self.rule)
+        if self.grad_dtype not in DTYPE.values():
+            raise ValueError(f"grad_dtype {self.grad_dtype} is none of {DTYPE}")
+        itemsize = _ITEMSIZE[self.grad_dtype]
+        _check_array(self.segments, SEGMENT, (None,), "segments")
+        self.segments = self.segments.copy()  # checked once; nobody changes it afterwards
+        begin, count = self.segments["begin"], self.segments["count"]
+        order = np.argsort(begin, kind="stable")
+        ends = begin + count
+        if (ends < begin).any() or (ends[order][:-1] > begin[order][1:]).any():
+            raise ValueError("segments overlap")
+        _check_pointer(self.weights_ptr, itemsize, "weights_ptr")
+        _check_pointer(self.master_ptr, 4, "master_ptr")
+        if self.grad_dtype == DTYPE["float32"] and self.master_ptr != self.weights_ptr:
+            raise ValueError("float32 weights are their own master: master_ptr must be weights_ptr")
+        if self.seq_ptr:
+            _check_pointer(self.seq_ptr, 8, "seq_ptr")
+        self.elements = int(ends.max(initial=0))
+        self._groups = 1 + int(self.segments["group"].max(initial=0))
+        self._params = 1 + int(self.segments["param"].max(initial=0))
+        self._native = _core.Job(
+            self.rule,
+            self.grad_dtype,
+            len(facts.hypers),
+            _address(self.segments),
+            len(self.segments),
+            self.weights_ptr,
+            self.master_ptr,
+            self.seq_ptr,
+        )
+
+    def _load(self) -> _core.Job:
+        """Check the round's fields and hand them to the core."""
+        facts = _BY_KERNEL[self.rule]
+        itemsize = _ITEMSIZE[self.grad_dtype]
+        if not self.slots:
+            raise ValueError("a job needs at least one slot")
+        if self.scales and len(self.scales) != len(self.slots):
+            raise ValueError(f"{len(self.scales)} scales for {len(self.slots)} slots")
+        for slot in self.slots:
+            _check_pointer(slot, itemsize, "slot")
+        if self.base_ptr:
+            _check_pointer(self.base_ptr, itemsize, "base_ptr")
+        if len(self.state_ptrs) > len(facts.states):
+            raise ValueError(f"{len(self.state_ptrs)} states; the rule has {facts.states}")
+        for state in self.state_ptrs:
+            if state:
+                _check_pointer(state, 4, "state")
+        if not self.divisor > 0:
+            raise ValueError(f"the divisor must be positive, not {self.divisor}")
+        _check_array(self.steps, np.int64, (None,), "steps")
+        assert self.steps is not None
+        if len(self.steps) < self._params:
+            raise ValueError(f"{len(self.steps)} steps; segments name param {self._params - 1}")
+        if facts.hypers:
+            _check_array(self.hypers, np.float64, (None, len(facts.hypers)), "hypers")
+            assert self.hypers is not None
+            if len(self.hypers) < self._groups:
+                raise ValueError(
+                    f"{len(self.hypers)} rows of hypers; segments name group {self._groups - 1}"
+                )
+        self._native.set_round(
+            self.state_ptrs,
+            self.slots,
+            self.scales,
+            self.divisor,
+            _address(self.hypers) if facts.hypers and self.hypers is not None else 0,
+            _address(self.steps),
+            self.coef,
+            self.lr_factor,
+            self.dc_lambda,
+            self.base_ptr,
+        )
+        return self._native
+
+
+def apply(pool: Pool, jobs: Sequence[Job], isa: str | None = None) -> None:
+    """Average every job's contributions and apply its rule, tiles spread over the pool.
+
+    The result is the same, bit for bit, for any number of threads and any instruction set.
+    """
+    _core.apply(pool._open(), [job._load() for job in jobs], isa or "")
+
+
+def reduce(
+    pool: Pool, jobs: Sequence[Job], out_ptrs: Sequence[int], isa: str | None = None
+) -> None:
+    """The averaged gradient of each job, as `apply` would use it, into float32 memory.
+
+    Parameters at step 0, and padding between segments, are left as they are.
+    """
+    if len(out_ptrs) != len(jobs):
+        raise ValueError(f"{len(out_ptrs)} outputs for {len(jobs)} jobs")
+    for out in out_ptrs:
+        _check_pointer(out, 4, "output")
+    _core.reduce(pool._open(), [job._load() for job in jobs], out_ptrs, isa or "")
+
+
+def norm_sq(pool: Pool, jobs: Sequence[Job], isa: str | None = None) -> float:
+    """Sum of squares of the averaged gradients of all jobs; parameters at step 0 count nothing."""
+    return _core.norm_sq(pool._open(), [job._load() for job in jobs], isa or "")
+
+
+def encode(
+    src_ptr: int, dst_ptr: int, n: int, dtype: int, isa: str | None = None
+) -> tuple[float, bool]:
+    """Copy n elements; in the same pass, their sum of squares and whether all are finite."""
+    _check_pointer(dst_ptr, _ITEMSIZE[dtype], "dst_ptr")
+    _check_pointer(src_ptr, _ITEMSIZE[dtype], "src_ptr")
+    return _core.encode(src_ptr, dst_ptr, n, dtype, isa or "")
+
+
+def inspect(src_ptr: int, n: int, dtype: int, isa: str | None = None) -> tuple[float, bool]:
+    """What `encode` returns, without the copy: for gradients written in place."""
+    _check_pointer(src_ptr, _ITEMSIZE[dtype], "src_ptr")
+    return _core.encode(src_ptr, 0, n, dtype, isa or "")
+
+
+def wait(
+    signal_ptr: int,
+    words_ptr: int,
+    index: NDArray[np.uint32],
+    targets: NDArray[np.uint64],
+    mail_ptr: int,
+    mail_seen: int,
+    spin_us: int,
+    timeout_ns: int,
+) -> Waited:
+    """Wait until words[index[i]] >= targets[i] for every i, mail comes, or the time is over.
+
+    Spins for spin_us, then sleeps on the signal, a futex in shared memory that may be mapped
+    read-only. Mail has come when the word at mail_ptr (0: none) is not mail_seen; whoever writes it
+    posts the signal too. Does not return early on Ctrl-C: pass short timeouts in turn.
+    """
+    _check_array(index, np.uint32, (None,), "index")
+    _check_array(targets, np.uint64, index.shape, "targets")
+    _check_pointer(signal_ptr, 4, "signal_ptr")
+    if len(index):
+        _check_pointer(words_ptr, 8, "words_ptr")
+    if mail_ptr:
+        _check_pointer(mail_ptr, 4, "mail_ptr")
+    return Waited(
+        _core.wait(
+            signal_ptr,
+            words_ptr,
+            _address(index),
+            _address(targets),
+            len(index),
+            mail_ptr,
+            mail_seen,
+            spin_us * 1000,
+            timeout_ns,
+        )
+    )
+
+
+def post(
+    signal_ptr: int, words_ptr: int, index: NDArray[np.uint32], values: NDArray[np.uint64]
+) -> None:
+    """Store words[index[i]] = values[i], then wake every waiter on the signal."""
+    _check_array(index, np.uint32, (None,), "index")
+    _check_array(values, np.uint64, index.shape, "values")
+    _check_pointer(signal_ptr, 4, "signal_ptr")
+    if len(index):
+        _check_pointer(words_ptr, 8, "words_ptr")
+    _core.post(signal_ptr, words_ptr, _address(index), _address(values), len(index))
+
+
+def post_signal(signal_ptr: int) -> None:
+    """Wake every waiter on the signal, to look again: for mail."""
+    _check_pointer(signal_ptr, 4, "signal_ptr")
+    _core.post(signal_ptr, 0, 0, 0, 0)
+
+
+def pull(seq_ptr: int, src_ptr: int, dst_ptr: int, nbytes: int, spins: int) -> int:
+    """Copy bytes that a seqlock guards, whole, and return their version.
+
+    Returns -1 if none of `spins` attempts found them at rest: the writer is slow, or dead.
+    """
+    _check_pointer(seq_ptr, 8, "seq_ptr")
+    return _core.pull(seq_ptr, src_ptr, dst_ptr, nbytes, spins)
+
+
+def load_u64(ptr: int) -> int:
+    """Read a shared word (acquire)."""
+    _check_pointer(ptr, 8, "ptr")
+    return _core.load_u64(ptr)
+
+
+def store_u64(ptr: int, value: int) -> None:
+    """Write a shared word (release)."""
+    _check_pointer(ptr, 8, "ptr")
+    _core.store_u64(ptr, value)
+
+
+def load_u32(ptr: int) -> int:
+    """Read a shared word (acquire)."""
+    _check_pointer(ptr, 4, "ptr")
+    return _core.load_u32(ptr)
+
+
+def store_u32(ptr: int, value: int) -> None:
+    """Write a shared word (release)."""
+    _check_pointer(ptr, 4, "ptr")
+    _core.store_u32(ptr, value)
+
+
+def add_u32(ptr: int, value: int) -> int:
+    """Add to a shared word, wrapping, and return its new value."""
+    _check_pointer(ptr, 4, "ptr")
+    return _core.add_u32(ptr, value) & 0xFFFFFFFF
+
+
+def _facts(kernel: int) -> RuleFacts:
+    if kernel not in _BY_KERNEL:
+        raise ValueError(f"no rule has the kernel id {kernel}")
+    return _BY_KERNEL[kernel]
+
+
+def _address(array: NDArray[np.generic]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _check_pointer(address: int, alignment: int, what: str) -> None:
+    if address <= 0 or address % alignment:
+        raise ValueError(f"{what} {address:#x} is null or not aligned to {alignment} bytes")
+
+
+def _check_array(array: object, dtype: object, shape: tuple[int | None, ...], what: str) -> None:
+    """Raise ValueError unless this is a C-contiguous array of the dtype and shape (None: any)."""
+    if (
+        not isinstance(array, np.ndarray)
+        or array.dtype != dtype
+        or not array.flags.c_contiguous
+        or array.ndim != len(shape)
+        or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True))
+    ):
+        given = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else repr(array)
+        raise ValueError(f"{what} must be a C-contiguous array of {dtype} {shape}, not {given}")
