@@ -28,8 +28,8 @@ def lr_factor(policy: StalenessPolicy, staleness: int, alpha: float) -> float:
     staleness  versions, 0 or more; of several contributors, the stalest
     alpha      0 or more: how fast the factor falls
     Returns 1 / (1 + alpha * staleness) under INVERSE, 1.0 under any other policy.
-    Source: Zhang et al., Staleness-aware Async-SGD for Distributed Deep Learning, section 3.1
-    (there with alpha = 1 and the staleness at least 1).
+    Source: Zhang et al., Staleness-aware Async-SGD for Distributed Deep Learning, IJCAI 2016
+    (there 1 / max(1, staleness)).
     """
     assert staleness >= 0, f"staleness {staleness}"
     if policy is StalenessPolicy.INVERSE:
