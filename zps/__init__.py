@@ -1,0 +1,68 @@
+"""zps: a parameter server for PyTorch training loops.
+
+    import zps
+
+    zps.init()
+    opt = zps.Optimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
+
+Importing zps imports nothing heavy: names are loaded when they are first used, so a hub never pays
+for importing torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from zps import errors
+    from zps.config import Settings
+    from zps.training.job import barrier, init, rank, shutdown, stats, world_size
+    from zps.training.lion import Lion
+    from zps.training.optimizer import Optimizer
+    from zps.worker.work import Work
+    from zps.worker.worker import Worker
+
+_HOMES = {
+    "Settings": "zps.config",
+    "Worker": "zps.worker.worker",
+    "Work": "zps.worker.work",
+    "Optimizer": "zps.training.optimizer",
+    "Lion": "zps.training.lion",
+    **dict.fromkeys(
+        ("init", "shutdown", "rank", "world_size", "barrier", "stats"), "zps.training.job"
+    ),
+}
+
+__all__ = [
+    "Lion",
+    "Optimizer",
+    "Settings",
+    "Work",
+    "Worker",
+    "__version__",
+    "barrier",
+    "errors",
+    "init",
+    "rank",
+    "shutdown",
+    "stats",
+    "world_size",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("zps.errors")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'zps' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

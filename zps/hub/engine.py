@@ -1,0 +1,196 @@
+"""A hub without its sockets: pushes go in, updates are applied, words in shared memory come out.
+
+`core.rounds` decides what follows a push; this module carries it out. Updates collect until
+`flush`, so that whatever arrived together is applied by one native call and wakes everyone once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from zps import native
+from zps.core.rounds import Apply, Drop, Mode, Rounds
+from zps.core.staleness import StalenessPolicy, lr_factor
+from zps.errors import ProtocolError
+from zps.hub.store import Contribution, Store, Update
+from zps.memory.control import Control, Outcome, done_word
+
+_OUTCOMES = {"late": Outcome.LATE, "stale": Outcome.STALE, "duplicate": Outcome.DUPLICATE}
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How rounds close and what staleness does: the settings of design section 6."""
+
+    mode: Mode
+    staleness: int = 1
+    quorum: float = 1.0
+    staleness_policy: StalenessPolicy = StalenessPolicy.NONE
+    alpha: float = 1.0
+    dc_lambda: float = 0.0
+
+    def rounds(self, buckets: int) -> Rounds:
+        drops = self.staleness_policy is StalenessPolicy.DROP
+        return Rounds(
+            buckets,
+            self.mode,
+            staleness=self.staleness,
+            quorum=self.quorum,
+            drop_over=self.staleness if drops else None,
+        )
+
+
+class Engine:
+    """Rounds, the store, and the pushes between the two."""
+
+    def __init__(self, store: Store, control: Control, policy: Policy):
+        self.store = store
+        self.counters: Counter[str] = Counter()
+        self._control = control
+        self._policy = policy
+        self.rounds = policy.rounds(len(store.layout.buckets))
+        self._waiting: dict[tuple[int, int, int], Contribution] = {}  # by (rank, round, bucket)
+        self._busy: set[tuple[int, int]] = set()  # (session, bucket) whose slot is not consumed
+        self._ready: list[Update] = []
+        self._held: defaultdict[tuple[int, ...], list[Update]] = defaultdict(list)
+        self._posts: list[tuple[int, int]] = []  # (index into done, word)
+
+    # --- members ------------------------------------------------------------------------------
+
+    def join(self, rank: int) -> int:
+        """Make `rank` a member; returns its first round."""
+        return self.rounds.join(rank)
+
+    def leave(self, rank: int) -> None:
+        """Wait for `rank` no more. What it pushed counts; what it held back is dropped."""
+        self._carry_out(self.rounds.leave(rank))
+        if self._policy.mode is not Mode.BSP:
+            for key in [key for key in self._held if key[1:] == (rank,)]:
+                for update in self._held.pop(key):
+                    self.store.touch(update.bucket)  # its version was counted when it was decided
+
+    # --- pushes -------------------------------------------------------------------------------
+
+    def slot_busy(self, session: int, bucket: int) -> bool:
+        """Whether a push of this bucket still lies in the slot, unconsumed."""
+        return (session, bucket) in self._busy
+
+    def push(self, contribution: Contribution, base_version: int) -> None:
+        """Take one bucket of one worker; whatever it completes is applied at the next flush."""
+        rank, round_, bucket = contribution.rank, contribution.round, contribution.bucket
+        self._waiting[rank, round_, bucket] = contribution
+        self._busy.add((contribution.session, bucket))
+        try:
+            actions = self.rounds.on_push(rank, round_, bucket, base_version)
+        except ProtocolError:
+            del self._waiting[rank, round_, bucket]
+            self._busy.discard((contribution.session, bucket))
+            raise
+        self._carry_out(actions)
+
+    def waiting_for(self) -> tuple[int, ...]:
+        """The ranks whose gradients the open rounds still need, for messages."""
+        ranks: set[int] = set()
+        for bucket in range(len(self.store.layout.buckets)):
+            ranks.update(self.rounds.waiting_for(bucket))
+        return tuple(sorted(ranks))
+
+    def flush(self) -> None:
+        """Apply what is ready and wake the workers it concerns."""
+        while self._ready:
+            updates, self._ready = self._ready, []
+            self.store.apply(updates)
+            self._finish(updates, Outcome.APPLIED)
+            self.counters["updates"] += len(updates)
+        if self._posts:
+            index, words = zip(*self._posts, strict=True)
+            self._posts.clear()
+            native.post(
+                self._control.signal_address,
+                self._control.done.ctypes.data,
+                np.array(index, np.uint32),
+                np.array(words, np.uint64),
+            )
+
+    # --- parts --------------------------------------------------------------------------------
+
+    def _carry_out(self, actions: Iterable[Apply | Drop]) -> None:
+        for action in actions:
+            if isinstance(action, Drop):
+                self._drop(action)
+            else:
+                self._decide(self._update(action))
+
+    def _drop(self, drop: Drop) -> None:
+        self.counters[f"dropped_{drop.reason}"] += 1
+        contribution = self._waiting.pop((drop.rank, drop.round, drop.bucket), None)
+        if contribution is not None:
+            self._post(contribution, _OUTCOMES.get(drop.reason, Outcome.LATE))
+
+    def _update(self, action: Apply) -> Update:
+        key = (action.round, action.bucket)
+        contributions = tuple(self._waiting.pop((rank, *key)) for rank in action.ranks)
+        policy = self._policy
+        factor, compensation = 1.0, 0.0
+        if policy.mode is not Mode.BSP:
+            staleness = action.staleness[0]
+            self.counters["staleness_sum"] += staleness
+            self.counters["staleness_max"] = max(self.counters["staleness_max"], staleness)
+            factor = lr_factor(policy.staleness_policy, staleness, policy.alpha)
+            if policy.staleness_policy is StalenessPolicy.DC and staleness > 0:
+                compensation = policy.dc_lambda
+        return Update(action.bucket, action.round, contributions, factor, compensation)
+
+    def _decide(self, update: Update) -> None:
+        """Straight to the kernels, unless the verdict on the whole round comes first."""
+        first = update.contributions[0]
+        hold = any(c.hold for c in update.contributions)
+        if not hold and first.hypers.max_grad_norm is None:
+            self._ready.append(update)
+            return
+        key: tuple[int, ...] = (update.round,)
+        if self._policy.mode is not Mode.BSP:
+            key = (update.round, first.rank)
+        held = self._held[key]
+        held.append(update)
+        if len(held) == len(self.store.layout.buckets):
+            self._judge(sorted(self._held.pop(key), key=lambda u: u.bucket))
+
+    def _judge(self, updates: list[Update]) -> None:
+        """Skip a round with a non-finite gradient for everyone; else clip it by its global norm."""
+        self.flush()  # keeps updates in the order they were decided in
+        finite = all(c.finite for u in updates for c in u.contributions)
+        limit = updates[0].contributions[0].hypers.max_grad_norm
+        coef = 1.0
+        if finite and limit is not None:
+            norm = self.store.norm(updates)
+            finite = math.isfinite(norm)
+            # torch.nn.utils.clip_grad_norm_ has the same 1e-6, and never scales up.
+            coef = min(1.0, limit / (norm + 1e-6))
+        if not finite:
+            self.counters["rounds_skipped"] += 1
+            for update in updates:
+                self.store.touch(update.bucket)
+            self._finish(updates, Outcome.SKIPPED)
+            return
+        self.store.apply(updates, coef)
+        self.counters["updates"] += len(updates)
+        self._finish(updates, Outcome.APPLIED)
+
+    def _finish(self, updates: list[Update], outcome: Outcome) -> None:
+        closed = self._control.closed_rounds
+        for update in updates:
+            closed = max(closed, update.round + 1)
+            for contribution in update.contributions:
+                self._post(contribution, outcome)
+        self._control.head[3] = closed  # ordered before the words by the release in native.post
+
+    def _post(self, contribution: Contribution, outcome: Outcome) -> None:
+        self._busy.discard((contribution.session, contribution.bucket))
+        index = contribution.rank * len(self.store.layout.buckets) + contribution.bucket
+        self._posts.append((index, done_word(contribution.seq, outcome)))

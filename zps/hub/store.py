@@ -1,0 +1,365 @@
+"""What a hub owns of the model: weights, optimizer state, and the one native call that updates them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zps import native
+from zps.core.layout import Layout
+from zps.errors import ConfigError, ProtocolError
+from zps.memory.cast import from_float32, to_float32
+from zps.memory.control import Control
+from zps.memory.segment import Segment, ensure_available, private_floats
+from zps.optim.base import Rule
+
+Floats = NDArray[np.float32]
+
+
+class ForeignRule(Protocol):
+    """An optimizer that is not ours, run on whole parameters: see zps.training.torch_rules."""
+
+    def step(self, present: Sequence[int], groups: Sequence[Mapping[str, Any]]) -> None: ...
+    def export_state(self, param: int) -> bytes: ...
+    def import_state(self, param: int, data: bytes) -> None: ...
+
+
+ForeignFactory = Callable[
+    [list[Floats], list[Floats], list[int], Sequence[Mapping[str, Any]]], ForeignRule
+]
+"""(masters, gradients, group of each parameter, groups) -> rule; the arrays are shared with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hypers:
+    """The hyperparameters that one worker last sent."""
+
+    groups: tuple[dict[str, Any], ...]
+    packed: NDArray[np.float64]
+    max_grad_norm: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One worker's gradient for one bucket, lying in its slot."""
+
+    rank: int
+    session: int
+    bucket: int
+    round: int
+    seq: int
+    slots: NDArray[np.uint8]  # all slots of its worker; holding them outlives the worker
+    slot: int  # address of the bucket in them
+    base: int  # address of the weights it was computed on, 0 when they are not kept
+    samples: float
+    grad_scale: float
+    finite: bool
+    hold: bool
+    absent: frozenset[int]
+    hypers: Hypers
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A bucket and what is to be applied to it."""
+
+    bucket: int
+    round: int
+    contributions: tuple[Contribution, ...]
+    lr_factor: float = 1.0
+    dc_lambda: float = 0.0
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """What never changes between two applications of a bucket."""
+
+    job: native.Job
+    steps: NDArray[np.int64]  # a view into the control segment, one a piece
+    params: list[int]
+    state: dict[str, Floats] = field(default_factory=dict)
+
+
+class Store:
+    """The weights arena, fp32 masters, optimizer state and step counts of one shard."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        rule: Rule | ForeignFactory,
+        group_of: Sequence[int],
+        hypers: Hypers,
+        *,
+        pool: native.Pool,
+        control: Control,
+    ):
+        self.layout = layout
+        self.control = control
+        self._pool = pool
+        self._group_of = list(group_of)
+        self._groups = hypers.groups
+        self.rule = rule if isinstance(rule, Rule) else None
+        names = self._states_used(hypers)
+        self._ensure_room(len(names) + (0 if self.rule else 1))
+        self.weights = Segment.create("weights", layout.total_bytes)
+        self._masters = self._make_masters()
+        self._state: dict[str, Floats] = {}
+        self._buckets = [self._prepare(index) for index in range(len(layout.buckets))]
+        self._foreign: ForeignRule | None = None
+        if self.rule is not None:
+            self.ensure_state(hypers)
+        else:
+            assert not isinstance(rule, Rule)
+            self._gradients = private_floats(layout.flat_elements, "gradients of the shard")
+            self._foreign = rule(
+                [self._whole(i) for i in range(len(layout.params))],
+                [self._of_param(self._gradients, i) for i in range(len(layout.params))],
+                self._group_of,
+                hypers.groups,
+            )
+
+    # --- updates ------------------------------------------------------------------------------
+
+    def apply(self, updates: Sequence[Update], coef: float = 1.0) -> None:
+        """Reduce and apply in one native call; versions rise as buckets finish."""
+        jobs, counted = [], []
+        for update in updates:
+            prepared = self._load(update, coef)
+            if prepared is None:
+                self.touch(update.bucket)
+            else:
+                jobs.append(prepared[0])
+                counted.append(prepared[1])
+        if not jobs:
+            return
+        if self._foreign is not None:
+            self._apply_foreign(updates, jobs, counted)
+        else:
+            native.apply(self._pool, jobs)
+        for bucket, present in counted:
+            bucket.steps += present
+
+    def touch(self, bucket: int) -> None:
+        """Raise a bucket's version without a change: a round that was skipped, or held nothing."""
+        self.control.seq[bucket] += 2
+
+    def norm(self, updates: Sequence[Update]) -> float:
+        """The global L2 norm of the averaged gradient of a whole round."""
+        jobs = [p[0] for p in (self._load(update, 1.0) for update in updates) if p is not None]
+        return float(native.norm_sq(self._pool, jobs)) ** 0.5
+
+    def _load(
+        self, update: Update, coef: float
+    ) -> tuple[native.Job, tuple[_Bucket, NDArray[np.int64]]] | None:
+        """The bucket's job, filled in for this round; None when nobody contributed a gradient."""
+        bucket = self._buckets[update.bucket]
+        counted = [c for c in update.contributions if c.samples > 0]
+        if not counted:
+            return None
+        present = np.ones(len(bucket.steps), np.int64)
+        absent = frozenset.intersection(*(c.absent for c in counted))
+        if absent:
+            present[:] = [param not in absent for param in bucket.params]
+        first = counted[0]
+        job = bucket.job
+        job.slots = [c.slot for c in counted]
+        job.scales = [c.samples / c.grad_scale for c in counted]
+        job.divisor = sum(c.samples for c in counted)
+        if all(c.samples == first.samples for c in counted):  # an even mean needs no multiplication
+            job.scales = [1.0 / c.grad_scale for c in counted]
+            job.divisor = float(len(counted))
+        job.hypers = first.hypers.packed
+        job.steps = (bucket.steps + 1) * present
+        job.coef = coef
+        job.lr_factor = update.lr_factor
+        job.dc_lambda = update.dc_lambda
+        job.base_ptr = first.base if update.dc_lambda else 0
+        return job, (bucket, present)
+
+    def _apply_foreign(
+        self,
+        updates: Sequence[Update],
+        jobs: list[native.Job],
+        counted: list[tuple[_Bucket, NDArray[np.int64]]],
+    ) -> None:
+        assert self._foreign is not None
+        by_job = [u for u in updates if any(c.samples > 0 for c in u.contributions)]
+        base = self._gradients.ctypes.data
+        native.reduce(
+            self._pool, jobs, [base + 4 * self.layout.buckets[u.bucket].begin for u in by_job]
+        )
+        for update, (bucket, present) in zip(by_job, counted, strict=True):
+            hypers = update.contributions[0].hypers
+            groups = [
+                {**g, "lr": g["lr"] * update.lr_factor} if update.lr_factor != 1.0 else g
+                for g in hypers.groups
+            ]
+            self.control.seq[update.bucket] += 1  # odd: readers retry
+            self._foreign.step(
+                [p for p, there in zip(bucket.params, present, strict=True) if there], groups
+            )
+            self._publish_masters(update.bucket)
+            self.control.seq[update.bucket] += 1
+
+    # --- weights and state as bytes -----------------------------------------------------------
+
+    def adopt_published(self) -> None:
+        """Take what lies in the weights arena as the truth: fp32 masters follow it."""
+        for index, bucket in enumerate(self.layout.buckets):
+            if bucket.dtype != "float32":
+                to_float32(self._published(index), bucket.dtype, self._master(index))
+
+    def read_state(self, name: str, bucket: int) -> bytes:
+        """One bucket of an optimizer state, fp32."""
+        return self._state_bucket(name, bucket).tobytes()
+
+    def write_state(self, name: str, bucket: int, data: bytes) -> None:
+        """Replace one bucket of an optimizer state. Raises ProtocolError on a wrong length."""
+        target = self._state_bucket(name, bucket, create=True)
+        if len(data) != target.nbytes:
+            raise ProtocolError(f"state {name!r}: {len(data)} bytes came, {target.nbytes} expected")
+        target[:] = np.frombuffer(data, np.float32)
+
+    def read_master(self, bucket: int) -> bytes:
+        """One bucket of the fp32 master weights."""
+        self._check_bucket(bucket)
+        return self._master(bucket).tobytes()
+
+    def read_foreign(self, param: int) -> bytes:
+        """A foreign rule's state of one parameter, as the rule encodes it."""
+        return self._foreign_rule(param).export_state(param)
+
+    def write_foreign(self, param: int, data: bytes) -> None:
+        self._foreign_rule(param).import_state(param, data)
+
+    def set_steps(self, steps: NDArray[np.int64]) -> None:
+        """Set every parameter's step count, as after loading a checkpoint."""
+        if steps.shape != (len(self.layout.params),) or (steps < 0).any():
+            raise ProtocolError(f"{len(self.layout.params)} step counts expected")
+        for bucket in self._buckets:
+            bucket.steps[:] = steps[bucket.params]
+
+    def ensure_state(self, hypers: Hypers) -> None:
+        """Allocate the states these hyperparameters use, at their initial values."""
+        if self.rule is None:
+            return
+        for name in self._states_used(hypers):
+            if name not in self._state:
+                self._add_state(name)
+
+    def close(self) -> None:
+        self._buckets.clear()
+        self.weights.close()
+
+    # --- parts --------------------------------------------------------------------------------
+
+    def _ensure_room(self, states: int) -> None:
+        wide = any(bucket.dtype != "float32" for bucket in self.layout.buckets)
+        floats = 4 * self.layout.flat_elements * (states + wide)
+        ensure_available(floats + self.layout.total_bytes, "this shard (weights and state)")
+
+    def _states_used(self, hypers: Hypers) -> list[str]:
+        if self.rule is None:
+            return []
+        used = {name for group in hypers.groups for name in self.rule.state_used(group)}
+        return [name for name in self.rule.states if name in used]
+
+    def _make_masters(self) -> Floats | None:
+        """fp32 masters, flat; float32 buckets are their own masters and leave their part untouched."""
+        if all(bucket.dtype == "float32" for bucket in self.layout.buckets):
+            return None
+        return private_floats(self.layout.flat_elements, "fp32 master weights")
+
+    def _published(self, bucket: int) -> NDArray[np.uint8]:
+        spec = self.layout.buckets[bucket]
+        return self.weights.bytes[spec.byte : spec.byte + spec.nbytes]
+
+    def _master(self, bucket: int) -> Floats:
+        spec = self.layout.buckets[bucket]
+        if spec.dtype == "float32":
+            return self._published(bucket).view(np.float32)
+        assert self._masters is not None
+        return self._masters[spec.begin : spec.begin + spec.count]
+
+    def _whole(self, param: int) -> Floats:
+        """The fp32 weights of one parameter: its pieces follow one another without a gap."""
+        spec = self.layout.params[param]
+        if spec.dtype == "float32":
+            byte = self.layout.param_byte(param)
+            return self.weights.bytes[byte : byte + spec.nbytes].view(np.float32).reshape(spec.shape)
+        assert self._masters is not None
+        return self._of_param(self._masters, param)
+
+    def _of_param(self, flat: Floats, param: int) -> Floats:
+        spec = self.layout.params[param]
+        begin = self.layout.param_begin(param)
+        return flat[begin : begin + spec.numel].reshape(spec.shape)
+
+    def _prepare(self, index: int) -> _Bucket:
+        spec = self.layout.buckets[index]
+        pieces = [self.layout.pieces[i] for i in spec.pieces]
+        segments = np.zeros(len(pieces), native.SEGMENT)
+        for i, piece in enumerate(pieces):
+            segments[i] = (piece.begin - spec.begin, piece.count, self._group_of[piece.param], i)
+        job = native.Job(
+            rule=self.rule.kernel if self.rule is not None else native.RULES["mean"].kernel,
+            segments=segments,
+            grad_dtype=native.DTYPE[spec.dtype],
+            weights_ptr=self._published(index).ctypes.data,
+            master_ptr=self._master(index).ctypes.data,
+            seq_ptr=self.control.seq_address(index),
+        )
+        steps = self.control.steps[spec.pieces.start : spec.pieces.stop]
+        return _Bucket(job, steps, [piece.param for piece in pieces])
+
+    def _add_state(self, name: str) -> None:
+        assert self.rule is not None
+        flat = private_floats(self.layout.flat_elements, f"optimizer state {name!r}")
+        self._state[name] = flat
+        for bucket, spec in zip(self._buckets, self.layout.buckets, strict=True):
+            bucket.state[name] = flat[spec.begin : spec.begin + spec.count]
+            bucket.job.state_ptrs = [
+                bucket.state[n].ctypes.data if n in bucket.state else 0 for n in self.rule.states
+            ]
+        for piece in self.layout.pieces:
+            value = self.rule.initial(self._groups[self._group_of[piece.param]]).get(name, 0.0)
+            if value:
+                flat[piece.begin : piece.begin + piece.count] = value
+
+    def _publish_masters(self, bucket: int) -> None:
+        dtype = self.layout.buckets[bucket].dtype
+        if dtype != "float32":
+            from_float32(self._master(bucket), dtype, self._published(bucket))
+
+    def _state_bucket(self, name: str, bucket: int, *, create: bool = False) -> Floats:
+        self._check_bucket(bucket)
+        if self.rule is None or name not in self.rule.states:
+            known = self.rule.states if self.rule is not None else ()
+            raise ProtocolError(f"no optimizer state {name!r}; this rule has {list(known)}")
+        if name not in self._state:
+            if not create:
+                raise ProtocolError(f"the optimizer state {name!r} is not in use")
+            self._add_state(name)
+        return self._buckets[bucket].state[name]
+
+    def _check_bucket(self, bucket: int) -> None:
+        if not 0 <= bucket < len(self.layout.buckets):
+            raise ProtocolError(f"no bucket {bucket}; there are {len(self.layout.buckets)}")
+
+    def _foreign_rule(self, param: int) -> ForeignRule:
+        if self._foreign is None or not 0 <= param < len(self.layout.params):
+            raise ProtocolError(f"no state of a foreign rule for parameter {param}")
+        return self._foreign
+
+
+def make_hypers(rule: Rule | None, groups: Sequence[Mapping[str, Any]], norm: object) -> Hypers:
+    """Check and pack what a worker sent. Raises ConfigError naming group and field."""
+    if norm is not None and not (isinstance(norm, int | float) and norm > 0):
+        raise ConfigError(f"max_grad_norm must be a positive number or None, not {norm!r}")
+    plain = tuple(dict(group) for group in groups)
+    packed = rule.pack(list(plain)) if rule is not None else np.empty((len(plain), 0))
+    return Hypers(plain, packed, None if norm is None else float(norm))

@@ -1,0 +1,1 @@
+"""Shared memory: sealed segments, and what the hub and its workers lay out in them."""

@@ -1,0 +1,167 @@
+"""Sealed anonymous shared memory that another process of the same user can open.
+
+A segment is a memfd: it has no name, so nothing leaks when a process is killed. It is backed in
+full and sealed before anybody else sees it, so neither a full memory nor a hostile peer's
+`ftruncate` can turn a later access into SIGBUS.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from zps.errors import OutOfMemory, ProtocolError
+
+HUGE_PAGE = 2 << 20
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; reports a failure where a plain write would be SIGBUS
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRef:
+    """Where another process of the same user and PID namespace finds a segment."""
+
+    pid: int
+    fd: int
+    nbytes: int
+
+
+class Segment:
+    """One mapping of a sealed memfd. Keep it alive for as long as its address is used."""
+
+    def __init__(self, fd: int, mapping: mmap.mmap, nbytes: int, *, owner: bool, writable: bool):
+        self._fd = fd
+        self.mapping = mapping
+        self.nbytes = nbytes
+        self._owner = owner
+        self.bytes = np.frombuffer(mapping, np.uint8)[:nbytes]
+        self.address: int = self.bytes.ctypes.data
+        self.writable = writable
+
+    @classmethod
+    def create(cls, label: str, nbytes: int) -> Segment:
+        """Make a zeroed, fully backed, sealed segment of at least one byte.
+
+        Raises OutOfMemory, before or while the pages are taken, with what was asked and what is free.
+        """
+        size = _rounded(max(nbytes, 1))
+        ensure_available(size, label)
+        fd = -1
+        try:
+            fd = os.memfd_create(f"zps-{label}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(fd, size)
+            mapping = mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
+            _populate(mapping, fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+        except (OSError, OverflowError, ValueError) as error:
+            if fd >= 0:
+                os.close(fd)
+            raise OutOfMemory(
+                f"the {label} segment needs {size:,} bytes of shared memory: {error}. "
+                "Free memory, use a smaller model, or spread it over several hubs."
+            ) from error
+        return cls(fd, mapping, nbytes, owner=True, writable=True)
+
+    @classmethod
+    def attach(cls, ref: SegmentRef, *, writable: bool) -> Segment:
+        """Map another process's segment; raises ProtocolError when it is not what `ref` says."""
+        path = f"/proc/{ref.pid}/fd/{ref.fd}"
+        try:
+            fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        except OSError as error:
+            raise ProtocolError(f"cannot open the hub's shared memory at {path}: {error}") from error
+        try:
+            size = os.fstat(fd).st_size
+            if size != _rounded(max(ref.nbytes, 1)):
+                raise ProtocolError(f"{path} holds {size} bytes, but {ref.nbytes} were announced")
+            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
+                raise ProtocolError(f"{path} is not sealed, so its owner could cut it under us")
+            prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            mapping = mmap.mmap(fd, size, flags=flags, prot=prot)
+            _advise(mapping, mmap.MADV_HUGEPAGE)
+        except OSError as error:
+            raise ProtocolError(f"cannot map the hub's shared memory at {path}: {error}") from error
+        finally:
+            os.close(fd)
+        return cls(-1, mapping, ref.nbytes, owner=False, writable=writable)
+
+    @property
+    def ref(self) -> SegmentRef:
+        """How other processes find this segment; only its creator can say."""
+        assert self._owner, "only the creator of a segment hands out references"
+        return SegmentRef(os.getpid(), self._fd, self.nbytes)
+
+    def close(self) -> None:
+        """Drop this process's hold; the memory goes when the last mapping does."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self.bytes = np.empty(0, np.uint8)
+        try:
+            self.mapping.close()
+        except BufferError:
+            pass  # a tensor or an array still looks in; the mapping goes with it
+
+
+def ensure_available(nbytes: int, what: str) -> None:
+    """Raise OutOfMemory when `nbytes` more would not fit into this machine or its cgroup."""
+    free = available_bytes()
+    if free is not None and nbytes > free:
+        raise OutOfMemory(
+            f"{what} needs {nbytes:,} bytes, but only {free:,} are available. "
+            "Free memory, use a smaller model, or spread it over several hubs."
+        )
+
+
+def available_bytes() -> int | None:
+    """What can still be allocated, by /proc/meminfo and by this cgroup's limit; None if unknown."""
+    limits = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            limits.append(max(0, int(limit) - used))
+    except (OSError, ValueError):
+        pass  # no such files here: the allocation itself will tell
+    return min(limits) if limits else None
+
+
+def private_floats(count: int, what: str) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """Zeroed float32 memory of this process alone, on huge pages where the system allows."""
+    size = _rounded(max(count * 4, 1))
+    ensure_available(size, what)
+    try:
+        mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise OutOfMemory(f"{what} needs {size:,} bytes: {error}") from error
+    _advise(mapping, mmap.MADV_HUGEPAGE)
+    _advise(mapping, _MADV_POPULATE_WRITE)
+    return np.frombuffer(mapping, np.float32)[:count]
+
+
+def _rounded(nbytes: int) -> int:
+    unit = HUGE_PAGE if nbytes >= HUGE_PAGE else mmap.PAGESIZE
+    return -(-nbytes // unit) * unit
+
+
+def _populate(mapping: mmap.mmap, fd: int, size: int) -> None:
+    # Huge pages are only given to a mapping, so it faults the pages in before fallocate fills gaps.
+    _advise(mapping, mmap.MADV_HUGEPAGE)
+    _advise(mapping, _MADV_POPULATE_WRITE)
+    os.posix_fallocate(fd, 0, size)
+
+
+def _advise(mapping: mmap.mmap, advice: int) -> None:
+    try:
+        mapping.madvise(advice)
+    except OSError:
+        pass  # advice this kernel does not know

@@ -1,0 +1,1 @@
+"""What travels: every message, typed, and the sockets with every option that matters."""

@@ -1,0 +1,258 @@
+"""Every message between hub and worker, and the one way to and from bytes.
+
+A message is one header frame, MessagePack, followed by raw payload frames. `decode` rejects what
+is too large, too long, repeated or unknown before it costs memory, and then validates the types.
+Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from zps.errors import ProtocolError
+
+PROTOCOL = 1
+MAX_HEADER_BYTES = 4096
+MAX_PUSH_BUCKETS = 256  # keeps the header of a PUSH under its limit; longer pushes are cut
+_MAX_ITEMS = 512
+
+#: Settings that a hub and its workers must agree on; the hub's count where a worker set none.
+SHARED_SETTINGS = (
+    *("mode", "staleness", "quorum", "staleness_policy", "staleness_alpha", "dc_lambda"),
+    *("bucket_bytes", "compression", "pull_compression", "world_size", "on_death"),
+)
+
+U32 = Annotated[int, Field(ge=0, lt=1 << 32)]
+U64 = Annotated[int, Field(ge=0, lt=1 << 63)]
+Name = Annotated[str, Field(max_length=256)]
+Text = Annotated[str, Field(max_length=3000)]
+
+
+class Message(BaseModel):
+    """Base of every message: strict types, no unknown fields, immutable."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    tag: ClassVar[str]
+
+
+class Sessioned(Message):
+    """What a worker sends once it has been welcomed: refused when epoch or session is old."""
+
+    epoch: U64
+    session: U64
+    seq: U64
+
+
+# --- worker to hub ----------------------------------------------------------------------------
+
+
+class Hello(Message):
+    tag: ClassVar[str] = "hello"
+    protocol: U32
+    job: Name
+    rank: U32 | None
+    world_size: U32 | None
+    incarnation: Name
+    host: Name  # boot id and PID namespace: equal on both sides means shared memory is possible
+    pid: U32
+    settings: dict[Name, str | int | float | None]  # those set explicitly; they must agree
+
+
+class Declare(Sessioned):
+    """Payload: the layout, then the hyperparameters."""
+
+    tag: ClassVar[str] = "declare"
+    layout_hash: Name
+    rule: Name
+
+
+class Publish(Sessioned):
+    """Collective: once every worker has sent it, rank 0's values are the weights of all."""
+
+    tag: ClassVar[str] = "publish"
+
+
+class Push(Sessioned):
+    """Buckets of one round, ready in the sender's slots.
+
+    Payload, each present when its flag says so: hyperparameters; indices of absent parameters.
+    """
+
+    tag: ClassVar[str] = "push"
+    round: U64
+    buckets: list[U32]
+    bases: list[U64]  # version of each bucket that the gradient was computed on
+    samples: float  # weight of this worker in the mean; 0 leaves it out
+    grad_scale: float  # what the loss was multiplied by
+    finite: bool
+    hold: bool  # apply nothing of this round before all of it is known to be finite
+    hypers: bool
+    absent: bool
+
+
+class Read(Sessioned):
+    """Ask for the bytes of a state of one bucket, or of a rule's own state of one parameter."""
+
+    tag: ClassVar[str] = "read"
+    what: Literal["state", "weights", "foreign"]
+    field: Name
+    index: U32
+
+
+class Write(Sessioned):
+    """Payload: the bytes that replace what `Read` would return; `steps` as after loading."""
+
+    tag: ClassVar[str] = "write"
+    what: Literal["state", "foreign"]
+    field: Name
+    index: U32
+
+
+class SetSteps(Sessioned):
+    """Payload: int64 step count of every parameter."""
+
+    tag: ClassVar[str] = "set_steps"
+
+
+class Barrier(Sessioned):
+    tag: ClassVar[str] = "barrier"
+
+
+class Stats(Sessioned):
+    tag: ClassVar[str] = "stats"
+
+
+class Bye(Sessioned):
+    tag: ClassVar[str] = "bye"
+
+
+# --- hub to worker ----------------------------------------------------------------------------
+
+
+class SegmentAt(Message):
+    tag: ClassVar[str] = "segment"
+    pid: U32
+    fd: U32
+    nbytes: U64
+
+
+class Welcome(Message):
+    tag: ClassVar[str] = "welcome"
+    protocol: U32
+    epoch: U64
+    session: U64
+    rank: U32
+    world_size: U32
+    pid: U32
+    host: Name
+    settings: dict[Name, str | int | float | None]
+
+
+class Attach(Message):
+    """The layout is accepted: where weights, slots and control lie, and the first round."""
+
+    tag: ClassVar[str] = "attach"
+    seq: U64
+    control: SegmentAt
+    weights: SegmentAt
+    slots: SegmentAt
+    first_round: U64
+    formed: bool  # the job runs already: take its weights instead of publishing
+
+
+class Ok(Message):
+    """Answer to the request `seq`; payload as the request says."""
+
+    tag: ClassVar[str] = "ok"
+    seq: U64
+
+
+class Refuse(Message):
+    """Answer to the request `seq`, or to anything from a stranger; nothing was changed."""
+
+    tag: ClassVar[str] = "refuse"
+    seq: U64 | None
+    code: Name
+    text: Text
+
+
+class Closing(Message):
+    """The hub is ending this job for everyone."""
+
+    tag: ClassVar[str] = "closing"
+    text: Text
+
+
+_MODELS: dict[str, type[Message]] = {
+    model.tag: model
+    for model in (
+        *(Hello, Declare, Publish, Push, Read, Write, SetSteps, Barrier, Stats, Bye),
+        *(Welcome, Attach, Ok, Refuse, Closing),
+    )
+}
+
+M = TypeVar("M", bound=Message)
+
+
+def encode(message: Message) -> bytes:
+    """The header frame of a message; raises ProtocolError when it would be over the limit."""
+    fields = message.model_dump()
+    fields["t"] = message.tag
+    data: bytes = msgpack.packb(fields)
+    if len(data) > MAX_HEADER_BYTES:
+        raise ProtocolError(
+            f"a {message.tag} header of {len(data)} bytes is over the limit of {MAX_HEADER_BYTES}"
+        )
+    return data
+
+
+def decode(frame: bytes | memoryview) -> Message:
+    """The message in a header frame. Raises ProtocolError for anything but a well-formed one."""
+    if len(frame) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"header of {len(frame)} bytes; the limit is {MAX_HEADER_BYTES}")
+    fields = unpack(frame, max_items=_MAX_ITEMS)
+    if not isinstance(fields, dict):
+        raise ProtocolError("header is not a map")
+    tag = fields.pop("t", None)
+    model = _MODELS.get(tag) if isinstance(tag, str) else None
+    if model is None:
+        raise ProtocolError(f"unknown message {tag!r:.80}; is the other side of another version?")
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ProtocolError(f"{tag} message: {where}: {first['msg']}") from None
+
+
+def pack(value: Any) -> bytes:
+    """MessagePack for payloads that are structured: layouts, hyperparameters, statistics."""
+    data: bytes = msgpack.packb(value)
+    return data
+
+
+def unpack(data: bytes | memoryview, *, max_items: int = 1 << 20) -> Any:
+    """The value in `data`; no extension types, no repeated keys, no container over `max_items`."""
+    try:
+        return msgpack.unpackb(
+            data,
+            strict_map_key=True,
+            max_map_len=max_items,
+            max_array_len=max_items,
+            max_ext_len=0,
+            object_pairs_hook=_no_repeats,
+        )
+    except ProtocolError:
+        raise
+    except Exception as error:  # msgpack raises a dozen kinds for hostile bytes
+        raise ProtocolError(f"not MessagePack as zps writes it: {error}") from None
+
+
+def _no_repeats(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ProtocolError("a map repeats a key")
+    return fields

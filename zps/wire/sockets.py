@@ -1,0 +1,148 @@
+"""The two sockets and their options. Every option has its reason in design and traps.
+
+A hub's ROUTER never blocks and never loses a message silently: an unknown peer is an error
+(`ROUTER_MANDATORY`), a slow one fills a byte-bounded queue of ours. A worker's DEALER never queues
+to a hub that is not there (`IMMEDIATE`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import zmq
+
+from zps.errors import HubUnreachable, ProtocolError
+
+HWM = 16
+ZERO_COPY_BYTES = 64 << 10  # below it the tracker of a zero-copy send costs more than the copy
+SLACK_BYTES = 64 << 10
+HEARTBEAT_MS = 1000
+MAX_QUEUED_BYTES = 64 << 20
+
+Frame = bytes | memoryview
+
+
+def host_id() -> str:
+    """Equal in two processes exactly when they can open each other's /proc/<pid>/fd."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+class Router:
+    """The hub's socket. One thread owns it."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, max_bytes: int):
+        self.socket = context.socket(zmq.ROUTER)
+        _common(self.socket, max_bytes)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
+        self.socket.setsockopt(zmq.HANDSHAKE_IVL, 2000)
+        self.socket.bind(address)
+        self._queues: dict[bytes, deque[list[Frame]]] = {}
+        self._queued_bytes: dict[bytes, int] = {}
+
+    def receive(self) -> list[bytes] | None:
+        """One message as [peer, header, payload...], or None when there is none."""
+        try:
+            return self.socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+
+    def send(self, peer: bytes, frames: Sequence[Frame]) -> bool:
+        """Send now or queue; False when the peer is gone or has stopped reading."""
+        queue = self._queues.get(peer)
+        if not queue:
+            sent = self._try_send(peer, frames)
+            if sent is not None:
+                return sent
+            queue = self._queues.setdefault(peer, deque())
+        size = sum(len(frame) for frame in frames)
+        if self._queued_bytes.get(peer, 0) + size > MAX_QUEUED_BYTES:
+            self.forget(peer)
+            return False
+        queue.append(list(frames))
+        self._queued_bytes[peer] = self._queued_bytes.get(peer, 0) + size
+        return True
+
+    def flush(self) -> list[bytes]:
+        """Send what waited for room; returns the peers that turned out to be gone."""
+        gone = []
+        for peer, queue in list(self._queues.items()):
+            while queue:
+                sent = self._try_send(peer, queue[0])
+                if sent is None:
+                    break
+                if not sent:
+                    gone.append(peer)
+                    break
+                self._queued_bytes[peer] -= sum(len(frame) for frame in queue.popleft())
+            if not queue or peer in gone:
+                self.forget(peer)
+        return gone
+
+    @property
+    def backlog(self) -> bool:
+        return bool(self._queues)
+
+    def forget(self, peer: bytes) -> None:
+        self._queues.pop(peer, None)
+        self._queued_bytes.pop(peer, None)
+
+    def close(self) -> None:
+        self.socket.close(linger=200)  # the last refusals may leave
+
+    def _try_send(self, peer: bytes, frames: Sequence[Frame]) -> bool | None:
+        try:
+            self.socket.send_multipart([peer, *frames], zmq.NOBLOCK, copy=True)
+        except zmq.Again:
+            return None
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EHOSTUNREACH, zmq.ENOTSOCK):
+                return False
+            raise
+        return True
+
+
+class Dealer:
+    """A worker's socket to one hub. Its owner guards it with a lock."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, max_bytes: int):
+        self.socket = context.socket(zmq.DEALER)
+        _common(self.socket, max_bytes)
+        self.socket.setsockopt(zmq.IMMEDIATE, 1)
+        self.socket.setsockopt(zmq.ROUTING_ID, b"w" + os.urandom(15))
+        self.socket.connect(address)
+        self.address = address
+
+    def send(self, frames: Sequence[Frame], timeout_s: float) -> None:
+        """Send; raises HubUnreachable when the hub has taken nothing for `timeout_s` seconds."""
+        if not self.socket.poll(int(timeout_s * 1000), zmq.POLLOUT):
+            raise HubUnreachable(
+                f"no hub took a message at {self.address} for {timeout_s:g} s. "
+                "Is it running (`zps hub`, `zps launch`), and is ZPS_HUB its address?"
+            )
+        self.socket.send_multipart(frames, copy=True)
+
+    def receive(self, timeout_s: float) -> list[bytes] | None:
+        """One message as [header, payload...], or None after `timeout_s` seconds."""
+        if not self.socket.poll(int(timeout_s * 1000), zmq.POLLIN):
+            return None
+        frames = self.socket.recv_multipart()
+        if not frames:
+            raise ProtocolError("an empty message came from the hub")
+        return frames
+
+    def close(self) -> None:
+        self.socket.close(linger=200)  # the goodbye may leave, a dead hub does not hold us
+
+
+def _common(socket: zmq.Socket[bytes], max_bytes: int) -> None:
+    socket.setsockopt(zmq.MAXMSGSIZE, max_bytes + SLACK_BYTES)
+    socket.setsockopt(zmq.SNDHWM, HWM)
+    socket.setsockopt(zmq.RCVHWM, HWM)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10 * HEARTBEAT_MS)

@@ -1,0 +1,1 @@
+"""The client: push, pull and wait, over whatever link reaches the hub."""

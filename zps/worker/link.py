@@ -1,0 +1,64 @@
+"""What a worker asks of the way to its hub, whether that is shared memory or messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zps.memory.control import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class PushInfo:
+    """What goes with a gradient: see the PUSH message."""
+
+    samples: float = 1.0
+    grad_scale: float = 1.0
+    finite: bool = True
+    hold: bool = False
+    hypers: bytes | None = None
+    absent: NDArray[np.uint32] | None = None
+
+
+class Link(Protocol):
+    """One worker's way to one hub."""
+
+    first_round: int
+
+    def slot(self, bucket: int) -> NDArray[np.uint8]:
+        """The bytes in which the next gradient of `bucket` is to be laid before it is pushed."""
+        ...
+
+    def push(self, round_: int, buckets: Sequence[int], info: PushInfo) -> int:
+        """Hand the slots of `buckets` over; returns the sequence number to wait for.
+
+        The slots belong to the hub until `wait` has returned for them.
+        """
+        ...
+
+    def wait(self, buckets: NDArray[np.uint32], seqs: NDArray[np.uint64], timeout_s: float) -> None:
+        """Return once each of `buckets` has been consumed up to the push in `seqs`.
+
+        Raises WaitTimeout, HubLost, or what the hub refused.
+        """
+        ...
+
+    def done(self, buckets: NDArray[np.uint32], seqs: NDArray[np.uint64]) -> bool:
+        """Whether `wait` would return at once."""
+        ...
+
+    def outcome(self, bucket: int) -> Outcome:
+        """What became of the last push of `bucket` that was consumed."""
+        ...
+
+    def pull(self, bucket: int, out: NDArray[np.uint8]) -> int:
+        """Copy the weights of `bucket`, never half an update; returns their version."""
+        ...
+
+    def version(self, bucket: int) -> int: ...
+
+    def close(self) -> None: ...

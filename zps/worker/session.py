@@ -1,0 +1,240 @@
+"""One life of one worker at one hub: the handshake, requests and their answers, and who is alive."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import zmq
+
+from zps.config import Settings
+from zps.errors import (
+    Closed,
+    ConfigError,
+    DuplicateRank,
+    ForkedProcess,
+    HubLost,
+    LayoutMismatch,
+    OutOfMemory,
+    ProtocolError,
+    RankOutOfRange,
+    Rejected,
+    SessionLost,
+    WaitTimeout,
+    ZpsError,
+)
+from zps.wire.messages import SHARED_SETTINGS
+from zps.wire import messages as m
+from zps.wire.address import home_of, parse, sweep_home
+from zps.wire.sockets import Dealer, host_id
+
+_MAX_FRAME_BYTES = 1 << 40  # a worker trusts the size of what its own hub sends
+_LOCAL: dict[str, type[ZpsError]] = {
+    "duplicate_rank": DuplicateRank,
+    "rank_out_of_range": RankOutOfRange,
+    "no_session": SessionLost,
+    "old_session": SessionLost,
+    "layout": LayoutMismatch,
+    "settings": ConfigError,
+    "ConfigError": ConfigError,
+    "out_of_memory": OutOfMemory,
+}
+
+
+class Session:
+    """A DEALER and what was agreed over it. Threads may share it; its lock orders them."""
+
+    def __init__(self, address: str, settings: Settings, rank: int | None, world_size: int | None):
+        """Say hello. Raises HubUnreachable, or what the hub's refusal stands for."""
+        parse(address)
+        self.address = address
+        self.settings = settings
+        self.received = 0  # messages since the declaration was answered, that one included
+        self._pid = os.getpid()
+        self._closed = ""
+        self._lock = threading.RLock()
+        self._seq = 0
+        self._pidfd = -1
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._dealer = Dealer(self._context, address, _MAX_FRAME_BYTES)
+        try:
+            self.welcome = self._hello(rank, world_size)
+        except BaseException:
+            self.close()
+            raise
+        self.rank = self.welcome.rank
+        self.world_size = self.welcome.world_size
+        self._seq = self.welcome.session << 32  # sequence numbers rise over the lives of a rank
+
+    def _hello(self, rank: int | None, world_size: int | None) -> m.Welcome:
+        timeout_s = self.settings.connect_timeout_s
+        explicit = self.settings.explicit()
+        shared = {name: explicit[name] for name in SHARED_SETTINGS if name in explicit}
+        shared.pop("world_size", None)
+        hello = m.Hello(
+            protocol=m.PROTOCOL,
+            job=self.settings.job,
+            rank=rank,
+            world_size=world_size,
+            incarnation=secrets.token_hex(8),
+            host=host_id(),
+            pid=self._pid,
+            settings=shared,
+        )
+        self._dealer.send([m.encode(hello)], timeout_s)
+        frames = self._dealer.receive(timeout_s)
+        if frames is None:
+            raise WaitTimeout(f"the hub at {self.address} did not answer in {timeout_s:g} s")
+        answer = m.decode(frames[0])
+        if isinstance(answer, m.Refuse):
+            raise refusal(answer)
+        if not isinstance(answer, m.Welcome):
+            raise ProtocolError(f"a hello was answered with {answer.tag}")
+        if answer.host == hello.host:
+            try:
+                self._pidfd = os.pidfd_open(answer.pid)
+            except ProcessLookupError as error:
+                raise HubLost(f"the hub at {self.address} ended during the handshake") from error
+        return answer
+
+    # --- requests -----------------------------------------------------------------------------
+
+    @contextmanager
+    def sequenced(self) -> Iterator[int]:
+        """The next sequence number, with the socket held until it has been used."""
+        self.check_usable()
+        with self._lock:
+            self._seq += 1
+            yield self._seq
+
+    def send(self, message: m.Sessioned, *payload: bytes) -> None:
+        """Send without waiting for an answer; raises HubLost when the hub takes nothing."""
+        frames = [m.encode(message), *payload]
+        with self._lock:
+            waited = 0.0
+            while not self._dealer.socket.poll(100, zmq.POLLOUT):
+                self.check_alive()
+                waited += 0.1
+                if waited > self.settings.timeout_s:
+                    raise HubLost(f"the hub at {self.address} took no message for {waited:.0f} s")
+            self._dealer.socket.send_multipart(frames)
+
+    def request(
+        self, message: m.Sessioned, *payload: bytes, timeout_s: float | None = None
+    ) -> tuple[m.Message, list[bytes]]:
+        """Send and wait for the answer; raises what a refusal stands for, HubLost, WaitTimeout."""
+        timeout_s = self.settings.timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            self.send(message, *payload)
+            while True:
+                frames = self._receive(min(0.1, max(0.0, deadline - time.monotonic())))
+                if frames is None:
+                    self.check_alive()
+                    if time.monotonic() >= deadline:
+                        raise WaitTimeout(
+                            f"no answer to {message.tag!r} in {timeout_s:g} s{self.who_is_missing()}"
+                        )
+                    continue
+                answer = self._judge(frames)
+                if getattr(answer, "seq", None) == message.seq:
+                    return answer, frames[1:]
+
+    def collect(self, count: int) -> None:
+        """Take messages until `count` have come since the declaration; raises what they refuse."""
+        with self._lock:
+            while self.received < count:
+                frames = self._receive(0.5)
+                if frames is None:
+                    self.check_alive()
+                    self.received = count  # the hub could not deliver it; do not ask for ever
+                    return
+                self._judge(frames)
+
+    def _receive(self, timeout_s: float) -> list[bytes] | None:
+        """A message; waits no longer once the hub's process has ended."""
+        poller = zmq.Poller()
+        poller.register(self._dealer.socket, zmq.POLLIN)
+        if self._pidfd >= 0:
+            poller.register(self._pidfd, zmq.POLLIN)
+        ready = dict(poller.poll(int(timeout_s * 1000)))
+        if self._dealer.socket not in ready and self._pidfd not in ready:
+            return None
+        frames = self._dealer.receive(0.05)  # what a dying hub said last may still be on its way
+        if frames is not None:
+            self.received += 1
+        return frames
+
+    def _judge(self, frames: list[bytes]) -> m.Message:
+        answer = m.decode(frames[0])
+        if isinstance(answer, m.Refuse):
+            raise refusal(answer)
+        if isinstance(answer, m.Closing):
+            self._closed = f"the hub has ended this job: {answer.text}"
+            raise HubLost(self._closed)
+        return answer
+
+    # --- state --------------------------------------------------------------------------------
+
+    def check_usable(self) -> None:
+        """Raise ForkedProcess or Closed when this object may not be used here or any more."""
+        if os.getpid() != self._pid:
+            raise ForkedProcess(
+                f"this worker belongs to process {self._pid}; call zps.init() after the fork, or "
+                "use the start method 'spawn'"
+            )
+        if self._closed:
+            raise Closed(f"rank {self.rank} is closed: {self._closed}")
+
+    def check_alive(self) -> None:
+        """Raise HubLost when the hub's process has ended."""
+        if self._pidfd >= 0 and select.select([self._pidfd], [], [], 0)[0]:
+            while (frames := self._dealer.receive(0.05)) is not None:
+                self._judge(frames)
+            home = home_of(self.address)
+            if home is not None:
+                sweep_home(home)  # a killed hub cannot do it itself
+            self._closed = f"the hub (process {self.welcome.pid}) at {self.address} has ended"
+            raise HubLost(
+                f"{self._closed}. Its log says why; start it again and resume from a checkpoint."
+            )
+
+    def who_is_missing(self) -> str:
+        """For messages: whom the hub waits for, as far as it can still say."""
+        try:
+            with self.sequenced() as seq:
+                stats = m.Stats(epoch=self.welcome.epoch, session=self.welcome.session, seq=seq)
+                _, payload = self.request(stats, timeout_s=0.5)
+            facts = m.unpack(payload[0])
+        except (ZpsError, IndexError, zmq.ZMQError):
+            return "; the hub does not say why"
+        if facts.get("missing"):
+            return f"; ranks {facts['missing']} have not joined"
+        if facts.get("waiting_for"):
+            return f"; the hub waits for ranks {facts['waiting_for']}"
+        return ""
+
+    def close(self, why: str = "it was shut down") -> None:
+        """Close the socket; the goodbye is the caller's."""
+        if os.getpid() != self._pid:
+            return  # a forked child must not touch its parent's sockets
+        with self._lock:
+            self._closed = self._closed or why
+            self._dealer.close()
+            self._context.term()
+            if self._pidfd >= 0:
+                os.close(self._pidfd)
+                self._pidfd = -1
+
+
+def refusal(message: m.Refuse) -> ZpsError:
+    """The error that a hub's refusal stands for."""
+    kind = _LOCAL.get(message.code)
+    if kind is not None and not issubclass(kind, Rejected):
+        return kind(message.text)
+    return (kind or Rejected)(message.text, code=message.code)

@@ -1,0 +1,167 @@
+"""The link of a worker that shares the hub's memory: slots and weights are mapped, nothing is sent
+but small control messages, and waiting is a futex."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zps import native
+from zps.core.layout import Layout
+from zps.errors import WaitTimeout
+from zps.memory.control import Control, Outcome, done_target, outcome_of
+from zps.memory.segment import Segment, SegmentRef
+from zps.wire import messages as m
+from zps.worker.link import PushInfo
+from zps.worker.session import Session
+
+_SLICE_NS = 100_000_000  # how long Ctrl-C and a dead hub may go unnoticed
+_PULL_TRIES = 1000
+_PULL_S = 5.0
+
+
+class ShmLink:
+    """See `Link`."""
+
+    def __init__(self, session: Session, layout: Layout, attach: m.Attach, *, aliased: bool):
+        self._session = session
+        self._layout = layout
+        self.first_round = attach.first_round
+        self.formed = attach.formed
+        self._control = Control(
+            _attach(attach.control, writable=False),
+            world_size=session.world_size,
+            buckets=len(layout.buckets),
+            pieces=len(layout.pieces),
+        )
+        self._control.check(session.welcome.epoch)
+        self.weights = _attach(attach.weights, writable=True)
+        self.slots = _attach(attach.slots, writable=True)
+        self._aliased = aliased
+        self._base = np.zeros(len(layout.buckets), np.uint64)
+        self._done = self._control.done_address(session.rank)
+        self._mail = self._control.mail_address(session.rank)
+
+    # --- Link ---------------------------------------------------------------------------------
+
+    def slot(self, bucket: int) -> NDArray[np.uint8]:
+        spec = self._layout.buckets[bucket]
+        return self.slots.bytes[spec.byte : spec.byte + spec.nbytes]
+
+    def push(self, round_: int, buckets: Sequence[int], info: PushInfo) -> int:
+        payload = [] if info.hypers is None else [info.hypers]
+        payload += [] if info.absent is None else [info.absent.tobytes()]
+        welcome = self._session.welcome
+        bases = self._versions(buckets) if self._aliased else self._base[list(buckets)]
+        with self._session.sequenced() as seq:
+            message = m.Push(
+                epoch=welcome.epoch,
+                session=welcome.session,
+                seq=seq,
+                round=round_,
+                buckets=list(buckets),
+                bases=bases.tolist(),
+                samples=info.samples,
+                grad_scale=info.grad_scale,
+                finite=info.finite,
+                hold=info.hold,
+                hypers=info.hypers is not None,
+                absent=info.absent is not None,
+            )
+            self._session.send(message, *payload)
+        return seq
+
+    def wait(self, buckets: NDArray[np.uint32], seqs: NDArray[np.uint64], timeout_s: float) -> None:
+        targets = done_target(seqs)
+        deadline = time.monotonic() + timeout_s
+        session, control = self._session, self._control
+        while True:
+            left_ns = int(max(0.0, deadline - time.monotonic()) * 1e9)
+            result = native.wait(
+                control.signal_address,
+                self._done,
+                buckets,
+                targets,
+                self._mail,
+                session.received & 0xFFFFFFFF,
+                session.settings.spin_us,
+                min(_SLICE_NS, left_ns),
+            )
+            if result is native.Waited.REACHED:
+                return
+            session.check_usable()
+            if result is native.Waited.MAIL:
+                session.collect(int(control.mail[session.rank]))
+                continue
+            session.check_alive()
+            if left_ns == 0:
+                raise WaitTimeout(
+                    f"rank {session.rank} waited {timeout_s:g} s for bucket "
+                    f"{self._first_missing(buckets, targets)}{session.who_is_missing()}"
+                )
+
+    def done(self, buckets: NDArray[np.uint32], seqs: NDArray[np.uint64]) -> bool:
+        return self._first_missing(buckets, done_target(seqs)) is None
+
+    def outcome(self, bucket: int) -> Outcome:
+        return outcome_of(int(self._control.done[self._session.rank, bucket]))
+
+    def pull(self, bucket: int, out: NDArray[np.uint8]) -> int:
+        spec = self._layout.buckets[bucket]
+        deadline = time.monotonic() + _PULL_S
+        while True:
+            version = native.pull(
+                self._control.seq_address(bucket),
+                self.weights.address + spec.byte,
+                out.ctypes.data,
+                min(spec.nbytes, len(out)),
+                _PULL_TRIES,
+            )
+            if version >= 0:
+                self._base[bucket] = version
+                return version
+            self._session.check_alive()
+            if time.monotonic() > deadline:
+                raise WaitTimeout(f"bucket {bucket} was being written for {_PULL_S:g} s")
+
+    def version(self, bucket: int) -> int:
+        return int(self._control.seq[bucket]) >> 1
+
+    def close(self) -> None:
+        for segment in (self.weights, self.slots, self._control.segment):
+            segment.close()
+
+    # --- beyond Link --------------------------------------------------------------------------
+
+    @property
+    def closed_rounds(self) -> int:
+        """1 + the highest round that has closed: where a worker that fell behind goes on."""
+        return self._control.closed_rounds
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """How often each piece of the layout has been updated; changes under the reader."""
+        return self._control.steps
+
+    def replica(self) -> NDArray[np.uint8] | None:
+        """Where this worker keeps the weights it computes on, so that the hub sees them too."""
+        size = self._layout.arena_bytes
+        return self.slots.bytes[size : 2 * size] if self.slots.nbytes > size else None
+
+    def _versions(self, buckets: Sequence[int]) -> NDArray[np.uint64]:
+        versions: NDArray[np.uint64] = self._control.seq[list(buckets)] >> np.uint64(1)
+        return versions
+
+    def _first_missing(
+        self, buckets: NDArray[np.uint32], targets: NDArray[np.uint64]
+    ) -> int | None:
+        words = self._control.done[self._session.rank, buckets]
+        missing = np.flatnonzero(words < targets)
+        return int(buckets[missing[0]]) if len(missing) else None
+
+
+def _attach(at: m.SegmentAt, *, writable: bool) -> Segment:
+    return Segment.attach(SegmentRef(at.pid, at.fd, at.nbytes), writable=writable)

@@ -1,0 +1,457 @@
+"""The low-level worker: declare tensors, push gradients, pull values, in any loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from zps import native
+from zps.config import Settings
+from zps.core.layout import Layout, Param
+from zps.errors import (
+    Closed,
+    ConfigError,
+    HubUnreachable,
+    LayoutError,
+    NonFiniteGradient,
+    NotDeclared,
+    TensorMismatch,
+    UnknownName,
+    ZpsError,
+)
+from zps.wire import messages as m
+from zps.worker.link import PushInfo
+from zps.worker.session import Session
+from zps.worker.shm_link import ShmLink
+from zps.worker.work import Work
+
+What = str | Sequence[str] | Mapping[str, torch.Tensor]
+
+
+class Worker:
+    """One worker of a job.
+
+        with zps.Worker("ipc:///...", rank=0, world_size=2) as worker:
+            worker.declare({"w": torch.zeros(10)}, rule="sgd", lr=0.1)
+            worker.slot("w")[:] = gradient           # written where the hub will read it
+            worker.push("w").wait()
+            worker.weights("w")                      # the new values
+
+    address     of the hub; None: the setting `hub`
+    rank        from 0; None: the setting, or the lowest one free
+    world_size  None: the setting, or what the hub says
+    settings    None: `Settings.load(**overrides)`
+    Raises HubUnreachable, DuplicateRank, RankOutOfRange, ConfigError (settings that the hub has
+    otherwise), ProtocolError. Threads may share a worker; a forked child may not use it.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        settings: Settings | None = None,
+        **overrides: Any,
+    ):
+        settings = settings if settings is not None else Settings.load(**overrides)
+        addresses = [address] if address is not None else list(settings.hubs)
+        if not addresses:
+            raise HubUnreachable("no hub is named: pass its address, or set ZPS_HUB")
+        if len(addresses) > 1:
+            raise ConfigError(f"{len(addresses)} hubs are named; this version uses one")
+        rank = settings.rank if rank is None else rank
+        world_size = settings.world_size if world_size is None else world_size
+        self._session = Session(addresses[0], settings, rank, world_size)
+        self.settings = settings.replace(**self._agreed(settings))
+        self.rank = self._session.rank
+        self.world_size = self._session.world_size
+        self._link: ShmLink | None = None
+        self._layout: Layout | None = None
+
+    def _agreed(self, settings: Settings) -> dict[str, Any]:
+        """The hub's values of the shared settings, and what follows from them for this worker."""
+        welcome = self._session.welcome
+        return {k: v for k, v in welcome.settings.items() if v is not None and k != "world_size"}
+
+    # --- declaring ----------------------------------------------------------------------------
+
+    def declare(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        rule: str = "sum",
+        *,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        extras: Mapping[str, torch.Tensor] | None = None,
+        max_grad_norm: float | None = None,
+        fuse: bool = False,
+        **hypers: Any,
+    ) -> None:
+        """Agree with all workers on what is exchanged; rank 0's values are everyone's first.
+
+        tensors  name -> tensor of float32, bfloat16 or float16; only rank 0's values matter
+        rule     what the hub does with the gradients of a round. `sum` and `mean`: the value becomes
+                 their (weighted) sum or mean; `assign`: the lowest rank's; `add`: the sum is added
+                 to it; sgd, adam, adamw, adagrad, rmsprop, lion; or the import path of a class that
+                 the hub may run
+        groups   hyperparameters by group: {"params": [names], "lr": 0.1, ...}; None: one group of
+                 all, with **hypers
+        extras   tensors of any dtype that follow rank 0 at the start, and on `publish`
+        fuse     put small tensors together, which then have to be pushed together
+        Returns once every worker has declared the same. Raises LayoutMismatch, DuplicateName,
+        TensorMismatch, ConfigError, OutOfMemory, WaitTimeout naming the missing ranks.
+        """
+        self._session.check_usable()
+        if self._layout is not None:
+            raise LayoutError(f"rank {self.rank} has declared its tensors already")
+        layout = Layout.build(
+            _params(tensors),
+            _params(extras or {}),
+            bucket_bytes=self.settings.bucket_bytes,
+            split="." not in rule,  # a foreign rule sees whole tensors
+            fuse=fuse,
+        )
+        groups = [{"params": list(tensors), **hypers}] if groups is None else groups
+        wired = [{**g, "params": _indices(g.get("params", ()), layout)} for g in groups]
+        data = pack_hypers(wired, max_grad_norm)
+        with self._session.sequenced() as seq:
+            declare = m.Declare(
+                **self._header(seq), layout_hash=layout.hash, rule=rule
+            )
+            answer, _ = self._session.request(declare, m.pack(layout.to_wire()), data)
+        assert isinstance(answer, m.Attach)
+        self._session.received = 1
+        self._layout = layout
+        self._link = ShmLink(self._session, layout, answer, aliased=self.aliased)
+        count = len(layout.buckets)
+        self._next_round = np.full(count, self._link.first_round, np.int64)
+        self._last_seq = np.zeros(count, np.uint64)
+        self._slots = [self._view(self._link.slots.bytes, i) for i in range(len(layout.params))]
+        self._weights = self._make_weights()
+        if not self._link.formed:
+            self.publish(tensors, extras)
+        self.refresh()
+
+    def publish(
+        self,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        extras: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Make rank 0's values the truth for everyone. Every worker has to call it.
+
+        None: on rank 0, what its `weights` hold now.
+        """
+        link, layout = self._declared()
+        if self.rank == 0:
+            values = dict(zip(layout.index, self._weights, strict=True)) if tensors is None else tensors
+            for name, value in values.items():
+                arena = self._view(link.weights.bytes, layout.index[name])
+                if arena.data_ptr() != value.data_ptr():
+                    arena.copy_(value.detach())
+            for name, value in (extras or {}).items():
+                self.extra(name).copy_(value.detach())
+        self._collective(m.Publish)
+        self.refresh()
+
+    # --- exchanging ---------------------------------------------------------------------------
+
+    def slot(self, name: str) -> torch.Tensor:
+        """This worker's gradient slot of `name`, to be written in place before `push(name)`.
+
+        It belongs to the hub from the push until the push has been waited for.
+        """
+        return self._slots[self._index(name)]
+
+    def weights(self, name: str) -> torch.Tensor:
+        """The values of `name` as this worker sees them.
+
+        In bsp a view of the hub's own memory: do not write to it. Otherwise a copy that `pull`
+        brings up to date.
+        """
+        return self._weights[self._index(name)]
+
+    def extra(self, name: str) -> torch.Tensor:
+        """The shared copy of an extra, as rank 0 last published it."""
+        link, layout = self._declared()
+        index = layout.extra_index[name]
+        return _tensor(link.weights.bytes, layout.extra_bytes[index], layout.extras[index])
+
+    def push(self, what: What, *, samples: float = 1.0) -> Work:
+        """Hand gradients to the hub: a mapping is copied into the slots, names are there already.
+
+        samples  weight of this worker in a mean
+        The k-th push of a name belongs to round k. With tensors that were fused, push them
+        together. Raises UnknownName, TensorMismatch, NonFiniteGradient (nothing has left then).
+        """
+        link, layout = self._declared()
+        names = [what] if isinstance(what, str) else list(what)
+        indices = [self._index(name) for name in names]
+        buckets = sorted({layout.pieces[p].bucket for i in indices for p in layout.pieces_of(i)})
+        self._wait_for_slots(buckets)
+        finite = self._fill(what, names) if isinstance(what, Mapping) else self._inspect(names)
+        if not finite and self.settings.nonfinite == "skip":
+            samples = 0.0
+        return self.push_buckets(buckets, PushInfo(samples=samples, finite=finite))
+
+    def pull(self, names: str | Iterable[str] | None = None) -> Work:
+        """Bring `weights` up to date; the work is done when this returns, `wait` is for symmetry."""
+        link, layout = self._declared()
+        wanted = layout.index if names is None else [names] if isinstance(names, str) else names
+        indices = [self._index(name) for name in wanted]
+        self.refresh({layout.pieces[p].bucket for i in indices for p in layout.pieces_of(i)})
+        none = np.empty(0, np.uint32), np.empty(0, np.uint64)
+        return Work(link, *none, default_timeout_s=self.settings.timeout_s).wait()
+
+    def push_pull(self, what: What, *, samples: float = 1.0) -> Work:
+        """Push; once waited for, `weights` holds the new values, and so do the tensors of `what`.
+
+        With the rule `sum` or `mean` this is an all-reduce in place.
+        """
+        tensors = dict(what) if isinstance(what, Mapping) else {}
+        work = self.push(what, samples=samples)
+
+        def bring() -> None:
+            names = tensors or ([what] if isinstance(what, str) else list(what))
+            self.pull(names)
+            for name, tensor in tensors.items():
+                tensor.detach().copy_(self.weights(name))
+
+        return work.then(bring)
+
+    def push_buckets(self, buckets: Sequence[int], info: PushInfo, round_: int | None = None) -> Work:
+        """Push whole buckets that already lie in the slots; `round_` None: the next of each."""
+        link, _ = self._declared()
+        chosen = np.array(buckets, np.uint32)
+        rounds = self._next_round[chosen] if round_ is None else np.full(len(chosen), round_)
+        if self.settings.quorum < 1:  # a worker that fell behind goes on where the others are
+            rounds = np.maximum(rounds, link.closed_rounds)
+        for number in np.unique(rounds):
+            same = chosen[rounds == number]
+            for at in range(0, len(same), m.MAX_PUSH_BUCKETS):
+                part = same[at : at + m.MAX_PUSH_BUCKETS]
+                self._last_seq[part] = link.push(int(number), part.tolist(), info)
+            self._next_round[same] = number + 1
+        seqs = self._last_seq[chosen]
+        return Work(link, chosen, seqs, default_timeout_s=self.settings.timeout_s)
+
+    def refresh(self, buckets: Iterable[int] | None = None) -> None:
+        """Copy the hub's weights here, where they are not views of them anyway."""
+        link, layout = self._declared()
+        if self.aliased:
+            return
+        for bucket in range(len(layout.buckets)) if buckets is None else buckets:
+            spec = layout.buckets[bucket]
+            link.pull(bucket, self._replica[spec.byte : spec.byte + spec.nbytes])
+
+    # --- the rest -----------------------------------------------------------------------------
+
+    @property
+    def aliased(self) -> bool:
+        """Whether `weights` are views of the hub's memory: see the setting `pull`."""
+        s = self.settings
+        return s.pull == "alias" or (s.pull == "auto" and s.mode == "bsp" and s.quorum == 1)
+
+    @property
+    def layout(self) -> Layout:
+        """What was declared."""
+        return self._declared()[1]
+
+    @property
+    def link(self) -> ShmLink:
+        return self._declared()[0]
+
+    def barrier(self) -> None:
+        """Return once every live worker has called it."""
+        self._collective(m.Barrier)
+
+    def stats(self) -> dict[str, Any]:
+        """The hub's own account: members, versions, dropped and skipped rounds."""
+        with self._session.sequenced() as seq:
+            _, payload = self._session.request(m.Stats(**self._header(seq)))
+        facts: dict[str, Any] = m.unpack(payload[0])
+        return facts
+
+    def read(self, what: str, index: int, field: str = "") -> bytes:
+        """Bytes of optimizer state that live in the hub: see the READ message."""
+        with self._session.sequenced() as seq:
+            read = m.Read(**self._header(seq), what=what, field=field, index=index)
+            _, payload = self._session.request(read)
+        return b"".join(payload)
+
+    def write(self, what: str, index: int, data: bytes, field: str = "") -> None:
+        """Replace what `read` returns."""
+        step = self.settings.bucket_bytes
+        chunks = [data[at : at + step] for at in range(0, len(data), step)]
+        with self._session.sequenced() as seq:
+            write = m.Write(**self._header(seq), what=what, field=field, index=index)
+            self._session.request(write, *chunks)
+
+    def set_steps(self, steps: NDArray[np.int64]) -> None:
+        """Set the step count of every parameter, as after loading a checkpoint."""
+        with self._session.sequenced() as seq:
+            self._session.request(m.SetSteps(**self._header(seq)), steps.tobytes())
+
+    def close(self, *, goodbye: bool = True) -> None:
+        """Leave the job; the others go on without this worker. Closing twice is allowed."""
+        try:
+            self._session.check_usable()
+        except ZpsError:
+            goodbye = False
+        if goodbye:
+            try:
+                with self._session.sequenced() as seq:
+                    self._session.request(m.Bye(**self._header(seq)), timeout_s=2.0)
+            except ZpsError:
+                pass  # the hub went first, which is no concern of a worker that leaves
+        self._session.close()
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- parts --------------------------------------------------------------------------------
+
+    def _declared(self) -> tuple[ShmLink, Layout]:
+        self._session.check_usable()
+        if self._link is None or self._layout is None:
+            raise NotDeclared(f"rank {self.rank} has to call declare() first")
+        return self._link, self._layout
+
+    def _header(self, seq: int) -> dict[str, int]:
+        welcome = self._session.welcome
+        return {"epoch": welcome.epoch, "session": welcome.session, "seq": seq}
+
+    def _collective(self, kind: type[m.Publish] | type[m.Barrier]) -> None:
+        with self._session.sequenced() as seq:
+            self._session.request(kind(**self._header(seq)))
+
+    def _index(self, name: str) -> int:
+        _, layout = self._declared()
+        index = layout.index.get(name)
+        if index is None:
+            raise UnknownName(
+                f"rank {self.rank} has declared no tensor {name!r}; there are {list(layout.index)}"
+            )
+        return index
+
+    def _view(self, arena: NDArray[np.uint8], index: int) -> torch.Tensor:
+        layout = self._layout
+        assert layout is not None
+        return _tensor(arena, layout.param_byte(index), layout.params[index])
+
+    def _make_weights(self) -> list[torch.Tensor]:
+        link, layout = self._declared()
+        if self.aliased:
+            self._replica = link.weights.bytes
+        else:
+            shared = link.replica()  # the hub compensates delays by what we computed on
+            self._replica = np.zeros(layout.arena_bytes, np.uint8) if shared is None else shared
+        return [self._view(self._replica, i) for i in range(len(layout.params))]
+
+    def _wait_for_slots(self, buckets: Sequence[int]) -> None:
+        link, _ = self._declared()
+        chosen = np.array(buckets, np.uint32)
+        seqs = self._last_seq[chosen]
+        if not link.done(chosen, seqs):
+            link.wait(chosen, seqs, self.settings.timeout_s)
+
+    def _fill(self, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> bool:
+        """Copy gradients into the slots; whether all are finite."""
+        pairs = [(name, self.slot(name), tensors[name]) for name in names]
+        for name, slot, tensor in pairs:
+            check_like(name, slot, tensor, self.rank)
+        return self._all_finite((name, encode(tensor, slot)) for name, slot, tensor in pairs)
+
+    def _inspect(self, names: Sequence[str]) -> bool:
+        if self.settings.nonfinite == "allow":
+            return True
+        slots = ((name, self.slot(name)) for name in names)
+        return self._all_finite(
+            (name, native.inspect(s.data_ptr(), s.numel(), dtype_id(s))[1] if s.numel() else True)
+            for name, s in slots
+        )
+
+    def _all_finite(self, findings: Iterable[tuple[str, bool]]) -> bool:
+        bad = [name for name, finite in findings if not finite]
+        if bad and self.settings.nonfinite == "raise":
+            raise nonfinite(bad[0], self.rank)
+        return not bad or self.settings.nonfinite == "allow"
+
+
+def encode(gradient: torch.Tensor, slot: torch.Tensor) -> bool:
+    """Copy a gradient into its slot in one pass; whether all of it is finite."""
+    if slot.numel() == 0:
+        return True
+    source = gradient.detach().contiguous()
+    _, finite = native.encode(source.data_ptr(), slot.data_ptr(), slot.numel(), dtype_id(slot))
+    return finite
+
+
+def check_like(name: str, slot: torch.Tensor, tensor: torch.Tensor, rank: int) -> None:
+    """Raise TensorMismatch unless `tensor` can be the gradient of what was declared as `name`."""
+    if tensor.shape != slot.shape or tensor.dtype != slot.dtype or tensor.layout != torch.strided:
+        raise TensorMismatch(
+            f"the gradient of {name!r} on rank {rank} is {_describe(tensor)}, "
+            f"but {_describe(slot)} was declared"
+        )
+
+
+def nonfinite(name: str, rank: int) -> NonFiniteGradient:
+    """The error for a gradient with NaN or infinity."""
+    return NonFiniteGradient(
+        f"the gradient of {name!r} on rank {rank} holds NaN or infinity and was not sent. Lower the "
+        "learning rate or clip, or set ZPS_NONFINITE=skip to skip such rounds on every worker"
+    )
+
+
+def pack_hypers(groups: Sequence[Mapping[str, Any]], max_grad_norm: float | None) -> bytes:
+    """Hyperparameters as they travel."""
+    try:
+        return m.pack({"groups": [dict(g) for g in groups], "max_grad_norm": max_grad_norm})
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"a hyperparameter cannot be sent to the hub: {error}") from None
+
+
+def dtype_id(tensor: torch.Tensor) -> int:
+    return native.DTYPE[_dtype_name(tensor)]
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    sparse = "" if tensor.layout == torch.strided else f" ({tensor.layout})"
+    return f"{_dtype_name(tensor)} {tuple(tensor.shape)}{sparse}"
+
+
+def _params(tensors: Mapping[str, torch.Tensor]) -> list[Param]:
+    return [Param(name, tuple(t.shape), _dtype_name(t)) for name, t in tensors.items()]
+
+
+def _indices(names: Iterable[str], layout: Layout) -> list[int]:
+    try:
+        return [layout.index[name] for name in names]
+    except KeyError as error:
+        raise UnknownName(f"a group names {error}, which is not declared") from None
+
+
+def _tensor(arena: NDArray[np.uint8], byte: int, param: Param) -> torch.Tensor:
+    """A tensor with a storage of its own over shared bytes, so that saving it saves no more."""
+    dtype: torch.dtype = getattr(torch, param.dtype)
+    if param.numel == 0:
+        return torch.empty(param.shape, dtype=dtype)
+    flat = torch.frombuffer(arena[byte : byte + param.nbytes], dtype=dtype)
+    return flat.reshape(param.shape)
+
+
+__all__ = ["Closed", "Work", "Worker"]
