@@ -35,6 +35,7 @@ def layouts(draw: st.DrawFn) -> Layout:
         [Param(f"x{i}", *x) for i, x in enumerate(extras)],
         bucket_bytes=64 * draw(st.integers(1, 20)),
         split=draw(st.booleans()),
+        fuse=draw(st.booleans()),
     )
 
 
@@ -114,7 +115,7 @@ def test_only_an_uncut_tensor_makes_a_bucket_larger_than_asked(layout: Layout) -
 @given(layouts())
 def test_a_bucket_ends_only_where_it_must(layout: Layout) -> None:
     for left, right in zip(layout.buckets, layout.buckets[1:], strict=False):
-        if left.dtype == right.dtype:
+        if left.dtype == right.dtype and layout.fuse:
             first = layout.pieces[right.pieces[0]]
             # Counted from the left bucket's begin, what begins the right one would not have fitted.
             size = ITEMSIZE[right.dtype]
@@ -153,6 +154,17 @@ def test_a_large_tensor_is_cut_into_whole_buckets_and_a_rest() -> None:
 def test_a_large_tensor_has_a_bucket_of_its_own_without_split() -> None:
     layout = Layout.build(floats(8, 150, 10), bucket_bytes=256, split=False)
     assert sizes_of(layout) == [[8], [150], [10]]
+
+
+def test_a_cut_tensor_stays_in_one_run_when_buckets_end_between_alignments() -> None:
+    layout = Layout.build(floats(40, 5), bucket_bytes=64)
+    assert [piece.begin for piece in layout.pieces] == [0, 16, 32, 64]
+    assert [piece.byte for piece in layout.pieces] == [0, 64, 128, 192]
+
+
+def test_every_tensor_has_buckets_of_its_own_without_fuse() -> None:
+    layout = Layout.build(floats(8, 0, 150, 0, 10), bucket_bytes=256, fuse=False)
+    assert sizes_of(layout) == [[8], [0], [64], [64], [22], [0], [10]]
 
 
 def test_an_exact_fit_is_not_cut() -> None:
@@ -249,12 +261,12 @@ def test_a_mismatch_of_buffers_or_settings_is_named_too() -> None:
     )
 
 
-GOOD = [64, True, [["w", [2, 3], "float32"]], [["n", [], "int64"]]]
+GOOD = [64, True, True, [["w", [2, 3], "float32"]], [["n", [], "int64"]]]
 HOSTILE: dict[str, Any] = {
     "nothing": None,
     "a map": {},
     "text": "abcd",
-    "too short": GOOD[:3],
+    "too short": GOOD[:4],
     "too long": [*GOOD, []],
     "bool for bucket_bytes": [True, *GOOD[1:]],
     "float for bucket_bytes": [64.0, *GOOD[1:]],
@@ -262,34 +274,35 @@ HOSTILE: dict[str, Any] = {
     "zero bucket_bytes": [0, *GOOD[1:]],
     "endless bucket_bytes": [10**10_000, *GOOD[1:]],
     "int for split": [64, 1, *GOOD[2:]],
-    "a map of tensors": [64, True, {"w": 1}, []],
-    "text for tensors": [64, True, "abc", []],
-    "a tensor too short": [64, True, [["w", [2]]], []],
-    "a tensor too long": [64, True, [["w", [2], "float32", 0]], []],
-    "a tensor of text": [64, True, ["abc"], []],
-    "bytes for a name": [64, True, [[b"w", [2], "float32"]], []],
-    "an empty name": [64, True, [["", [2], "float32"]], []],
-    "an endless name": [64, True, [["w" * 10**6, [2], "float32"]], []],
-    "a broken name": [64, True, [["\ud800", [2], "float32"]], []],
-    "int for a shape": [64, True, [["w", 2, "float32"]], []],
-    "bool in a shape": [64, True, [["w", [True], "float32"]], []],
-    "float in a shape": [64, True, [["w", [2.0], "float32"]], []],
-    "negative in a shape": [64, True, [["w", [-1], "float32"]], []],
-    "two negatives in a shape": [64, True, [["w", [-2, -2], "float32"]], []],
-    "huge in a shape": [64, True, [["w", [2**60], "float32"]], []],
-    "huge beside zero": [64, True, [["w", [2**60, 0], "float32"]], []],
-    "huge product": [64, True, [["w", [2**40, 2**40], "float32"]], []],
-    "huge power": [64, True, [["w", [2**47] * 64, "float32"]], []],
-    "too many dimensions": [64, True, [["w", [1] * 65, "float32"]], []],
-    "huge sum": [2**40, True, [[f"w{i}", [2**44], "float32"] for i in range(9)], []],
-    "huge extras": [64, True, [], [["n", [2**46], "int64"]]],
-    "too many buckets": [64, True, [["w", [16 * (MAX_BUCKETS + 1)], "float32"]], []],
-    "int for a dtype": [64, True, [["w", [2], 1]], []],
-    "unknown dtype": [64, True, [["w", [2], "float31"]], []],
-    "untrainable dtype": [64, True, [["w", [2], "int64"]], []],
-    "unknown dtype of an extra": [64, True, [], [["n", [2], "object"]]],
-    "a name twice": [64, True, [["w", [2], "float32"]] * 2, []],
-    "a name in both lists": [64, True, [["w", [2], "float32"]], [["w", [2], "float32"]]],
+    "int for fuse": [64, True, 1, *GOOD[3:]],
+    "a map of tensors": [64, True, True, {"w": 1}, []],
+    "text for tensors": [64, True, True, "abc", []],
+    "a tensor too short": [64, True, True, [["w", [2]]], []],
+    "a tensor too long": [64, True, True, [["w", [2], "float32", 0]], []],
+    "a tensor of text": [64, True, True, ["abc"], []],
+    "bytes for a name": [64, True, True, [[b"w", [2], "float32"]], []],
+    "an empty name": [64, True, True, [["", [2], "float32"]], []],
+    "an endless name": [64, True, True, [["w" * 10**6, [2], "float32"]], []],
+    "a broken name": [64, True, True, [["\ud800", [2], "float32"]], []],
+    "int for a shape": [64, True, True, [["w", 2, "float32"]], []],
+    "bool in a shape": [64, True, True, [["w", [True], "float32"]], []],
+    "float in a shape": [64, True, True, [["w", [2.0], "float32"]], []],
+    "negative in a shape": [64, True, True, [["w", [-1], "float32"]], []],
+    "two negatives in a shape": [64, True, True, [["w", [-2, -2], "float32"]], []],
+    "huge in a shape": [64, True, True, [["w", [2**60], "float32"]], []],
+    "huge beside zero": [64, True, True, [["w", [2**60, 0], "float32"]], []],
+    "huge product": [64, True, True, [["w", [2**40, 2**40], "float32"]], []],
+    "huge power": [64, True, True, [["w", [2**47] * 64, "float32"]], []],
+    "too many dimensions": [64, True, True, [["w", [1] * 65, "float32"]], []],
+    "huge sum": [2**40, True, True, [[f"w{i}", [2**44], "float32"] for i in range(9)], []],
+    "huge extras": [64, True, True, [], [["n", [2**46], "int64"]]],
+    "too many buckets": [64, True, True, [["w", [16 * (MAX_BUCKETS + 1)], "float32"]], []],
+    "int for a dtype": [64, True, True, [["w", [2], 1]], []],
+    "unknown dtype": [64, True, True, [["w", [2], "float31"]], []],
+    "untrainable dtype": [64, True, True, [["w", [2], "int64"]], []],
+    "unknown dtype of an extra": [64, True, True, [], [["n", [2], "object"]]],
+    "a name twice": [64, True, True, [["w", [2], "float32"]] * 2, []],
+    "a name in both lists": [64, True, True, [["w", [2], "float32"]], [["w", [2], "float32"]]],
 }
 
 
@@ -338,7 +351,7 @@ def test_any_part_may_be_anything_and_only_protocol_errors_come(
 
 
 def test_the_largest_allowed_layout_is_accepted() -> None:
-    layout = Layout.from_wire([64, True, [["w", [16 * MAX_BUCKETS], "float32"]], []])
+    layout = Layout.from_wire([64, True, True, [["w", [16 * MAX_BUCKETS], "float32"]], []])
     assert len(layout.buckets) == MAX_BUCKETS
 
 

@@ -274,16 +274,13 @@ class _Cutter:
         self.opened_at = 0  # index of the open bucket's first piece
 
     def add(self, param: Param) -> None:
-        if param.dtype != self.dtype:
+        size = ITEMSIZE[param.dtype]
+        left = param.numel
+        if param.dtype != self.dtype or self._is_full(left, size):
             self.close()
             self.begin = self.end = _up(self.begin, ALIGN_ELEMENTS)
             self.dtype = param.dtype
-        size = ITEMSIZE[param.dtype]
-        left = param.numel
         start = _up(self.end, ALIGN_ELEMENTS)
-        full = (start + left - self.begin) * size > self.bucket_bytes
-        if len(self.pieces) > self.opened_at and (not self.fuse or (full and self.end > self.begin)):
-            start = self._cut_at(start)
         whole = self.bucket_bytes // size
         index = len(self.first_piece)
         self.first_piece.append(len(self.pieces))
@@ -291,7 +288,7 @@ class _Cutter:
         while self.split and left > whole:
             self._piece(index, start, whole, done)
             start, done, left = start + whole, done + whole, left - whole
-            self._cut_at(start)
+            self.close()
         self._piece(index, start, left, done)
 
     def close(self) -> None:
@@ -309,13 +306,12 @@ class _Cutter:
         self.byte += nbytes
         self.opened_at = len(self.pieces)
 
-    def _cut_at(self, start: int) -> int:
-        """End the open bucket; the next, of the same dtype, begins at `start` or behind its end."""
-        self.close()
-        start = max(start, _up(self.begin, ALIGN_ELEMENTS))
-        self.byte += (start - self.begin) * ITEMSIZE[self.dtype]
-        self.begin = self.end = start
-        return start
+    def _is_full(self, count: int, size: int) -> bool:
+        """The next parameter, of the open bucket's dtype, must begin another."""
+        if not self.fuse:
+            return len(self.pieces) > self.opened_at
+        end = _up(self.end, ALIGN_ELEMENTS) + count
+        return self.end > self.begin and (end - self.begin) * size > self.bucket_bytes
 
     def _piece(self, param: int, start: int, count: int, done: int) -> None:
         byte = self.byte + (start - self.begin) * ITEMSIZE[self.dtype]
