@@ -147,6 +147,8 @@ def test_all_invalid_values_are_named_at_once() -> None:
         ("job", ""),
         ("hub", "localhost"),
         ("hub", "tcp://a:1,nonsense"),
+        ("optimizers", "Lamb"),
+        ("optimizers", "pkg.Lamb, os.system('x')"),
         ("pull", "sometimes"),
         ("nonfinite", "ignore"),
         ("on_death", "panic"),
@@ -196,6 +198,14 @@ def test_byte_sizes_are_written_as_people_write_them(text: str, size: int) -> No
 def test_hub_addresses_are_a_comma_separated_list() -> None:
     assert load().hubs == ()
     assert load(hub="tcp://a:1, ipc:///run/x,").hubs == ("tcp://a:1", "ipc:///run/x")
+
+
+def test_optimizer_classes_are_import_paths() -> None:
+    assert load().optimizer_classes == ()
+    assert load({"ZPS_OPTIMIZERS": "pkg.Lamb, other.mod.Sam"}).optimizer_classes == (
+        "pkg.Lamb",
+        "other.mod.Sam",
+    )
 
 
 def test_only_the_drop_policy_has_a_limit_to_drop_over() -> None:

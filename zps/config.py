@@ -132,6 +132,9 @@ class Settings(BaseSettings):
     hub_threads: int | None = Field(
         None, ge=1, description="threads of the hub's kernels; none: one per core"
     )
+    optimizers: str | None = Field(
+        None, description="optimizer classes the hub may import beyond torch.optim, comma-separated"
+    )
     spin_us: int = Field(
         20, ge=0, le=10_000, description="busy wait before a waiter sleeps, microseconds"
     )
@@ -219,7 +222,12 @@ class Settings(BaseSettings):
     @property
     def hubs(self) -> tuple[str, ...]:
         """The addresses in `hub`, in order; empty when a hub is still to be started."""
-        return tuple(_addresses(self.hub or ""))
+        return tuple(_items(self.hub))
+
+    @property
+    def optimizer_classes(self) -> tuple[str, ...]:
+        """The import paths in `optimizers`, in order."""
+        return tuple(_items(self.optimizers))
 
     @property
     def drop_over(self) -> int | None:
@@ -232,12 +240,20 @@ class Settings(BaseSettings):
     @field_validator("hub")
     @classmethod
     def _check_hub(cls, value: str | None) -> str | None:
-        for address in _addresses(value or ""):
+        for address in _items(value):
             if not address.startswith(("tcp://", "ipc://")):
                 raise ValueError(
                     f"{address!r} is no address; write tcp://host:port or ipc:///path, "
                     "several separated by commas"
                 )
+        return value
+
+    @field_validator("optimizers")
+    @classmethod
+    def _check_optimizers(cls, value: str | None) -> str | None:
+        for path in _items(value):
+            if "." not in path or not all(part.isidentifier() for part in path.split(".")):
+                raise ValueError(f"{path!r} is no import path; write package.module.Class")
         return value
 
     @field_validator("compression", "pull_compression")
@@ -307,8 +323,8 @@ def _user_runtime_dir(environ: Mapping[str, str]) -> Path | None:
     return None
 
 
-def _addresses(text: str) -> Iterator[str]:
-    return (address.strip() for address in text.split(",") if address.strip())
+def _items(text: str | None) -> Iterator[str]:
+    return (item.strip() for item in (text or "").split(",") if item.strip())
 
 
 def _check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from zps.config import Settings
+from zps.errors import ConfigError
+from zps.launch.local import Plan, command, worker_environment
+
+ADDRESS = "ipc:///run/hub"
+
+
+def test_a_worker_is_told_its_place_in_our_words_and_in_others() -> None:
+    settings = Settings(mode="ssp", world_size=3)
+    environ = worker_environment({"PATH": "/bin"}, settings, ADDRESS, 1, 3)
+    expected = {
+        "PATH": "/bin",
+        "ZPS_HUB": ADDRESS,
+        "ZPS_RANK": "1",
+        "ZPS_WORLD_SIZE": "3",
+        "ZPS_MODE": "ssp",
+        "RANK": "1",
+        "WORLD_SIZE": "3",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "3",
+        "PYTHONUNBUFFERED": "1",
+    }
+    assert expected.items() <= environ.items()
+
+
+def test_the_settings_a_worker_loads_are_the_launchers() -> None:
+    settings = Settings(mode="async", bucket_bytes="1MiB", world_size=2)
+    environ = worker_environment({"ZPS_MODE": "bsp"}, settings, ADDRESS, 0, 2)
+    loaded = Settings.load(environ=environ)
+    assert (loaded.mode, loaded.bucket_bytes, loaded.hubs) == ("async", 1 << 20, (ADDRESS,))
+
+
+def test_cores_are_shared_out_unless_somebody_has_decided() -> None:
+    cores = len(os.sched_getaffinity(0))
+
+    def threads(base: dict[str, str], workers: int) -> str:
+        return worker_environment(base, Settings(), ADDRESS, 0, workers)["OMP_NUM_THREADS"]
+
+    assert threads({}, 1) == str(cores)
+    assert threads({}, cores * 4) == "1"
+    assert threads({"OMP_NUM_THREADS": "7"}, 1) == "7"
+
+
+def test_a_command_runs_a_script_or_a_module_with_this_python(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.touch()
+    assert command(str(script), ["-n", "x"], module=False) == [
+        sys.executable,
+        str(script),
+        "-n",
+        "x",
+    ]
+    assert command("pkg.train", ["-m"], module=True) == [sys.executable, "-m", "pkg.train", "-m"]
+
+
+def test_a_plan_that_cannot_work_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match="there is no script 'missing.py'"):
+        command("missing.py", [], module=False)
+    with pytest.raises(ConfigError, match="one hub"):
+        Plan(command=[], workers=1, hubs=2)
+    with pytest.raises(ConfigError, match="at least one worker"):
+        Plan(command=[], workers=0)
