@@ -19,7 +19,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from zps import errors
     from zps.config import Settings
-    from zps.training.job import barrier, init, rank, shutdown, stats, world_size
+    from zps.launch.job import init, shutdown
+    from zps.training.current import barrier, is_initialized, rank, stats, world_size
     from zps.training.lion import Lion
     from zps.training.optimizer import Optimizer
     from zps.worker.work import Work
@@ -31,8 +32,9 @@ _HOMES = {
     "Work": "zps.worker.work",
     "Optimizer": "zps.training.optimizer",
     "Lion": "zps.training.lion",
+    **dict.fromkeys(("init", "shutdown"), "zps.launch.job"),
     **dict.fromkeys(
-        ("init", "shutdown", "rank", "world_size", "barrier", "stats"), "zps.training.job"
+        ("rank", "world_size", "barrier", "stats", "is_initialized"), "zps.training.current"
     ),
 }
 
@@ -46,6 +48,7 @@ __all__ = [
     "barrier",
     "errors",
     "init",
+    "is_initialized",
     "rank",
     "shutdown",
     "stats",

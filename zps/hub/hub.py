@@ -150,7 +150,9 @@ class Hub:
         self.epoch = secrets.randbits(62)
         self.world_size = world_size
         self._members = Membership(
-            world_size, min_workers=self.settings.min_workers, on_death=self.settings.on_death
+            world_size,
+            min_workers=min(self.settings.min_workers, world_size),
+            on_death=self.settings.on_death,
         )
         self._peers: dict[bytes, Peer] = {}
         self._by_rank: dict[int, Peer] = {}
@@ -263,7 +265,7 @@ class Hub:
         self._check_settings(hello)
         if hello.world_size is not None and self.settings.world_size is None and not self._peers:
             self._reset(hello.world_size)  # the first worker says how many there are
-        rank = self._members.free_rank() if hello.rank is None else hello.rank
+        rank = self._free_rank() if hello.rank is None else hello.rank
         answer = self._members.hello(rank, hello.incarnation)
         if not isinstance(answer, Admitted):
             raise Refused(answer.code, answer.text)
@@ -282,6 +284,10 @@ class Hub:
                 settings={name: getattr(self.settings, name) for name in m.SHARED_SETTINGS},
             ),
         )
+
+    def _free_rank(self) -> int:
+        live = set(self._members.live)
+        return next((rank for rank in range(self.world_size) if rank not in live), self.world_size)
 
     def _check_settings(self, hello: m.Hello) -> None:
         ours = {name: getattr(self.settings, name) for name in m.SHARED_SETTINGS}
@@ -546,10 +552,11 @@ class Hub:
         if self._by_rank.get(peer.rank) is not peer:
             return
         log.warning("rank %d is lost: %s", peer.rank, why)
-        verdict = self._members.die(peer.rank)
-        self._forget(peer, keep_waiting=verdict is Verdict.WAIT)
+        members = self._members
+        verdict = members.die(peer.rank)
+        self._forget(peer, keep_waiting=verdict is Verdict.WAIT and self._formed)
         if verdict is Verdict.ABORT:
-            self.stop(f"rank {peer.rank} is lost ({why}) and the job may not go on without it")
+            self.stop(f"rank {peer.rank} is lost ({why}): {members.why}")
 
     def _forget(self, peer: Peer, *, keep_waiting: bool = False) -> None:
         self._poller.unregister(peer.pidfd)

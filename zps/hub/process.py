@@ -97,6 +97,7 @@ class HubProcess:
     def __init__(self, popen: subprocess.Popen[bytes], status_fd: int):
         self.popen = popen
         self.address = ""
+        self._owner = os.getpid()
         self._status_fd = status_fd
         self._unread = b""
         self._events: list[dict[str, Any]] = []
@@ -145,6 +146,15 @@ class HubProcess:
     def formed(self) -> bool:
         """Whether all workers have joined once; does not wait."""
         return self._wait_for("formed", 0.0) is not None
+
+    def wait_finished(self, timeout_s: float) -> bool:
+        """Wait until every worker of a job that has formed has left; True at once without one."""
+        return not self.formed() or self._wait_for("finished", timeout_s) is not None
+
+    @property
+    def owned_here(self) -> bool:
+        """Whether this process started it; a forked child of that process did not."""
+        return os.getpid() == self._owner
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """End it, by force after `timeout_s`, and remove what it may have left."""

@@ -1,0 +1,311 @@
+"""`zps.Optimizer`: a torch optimizer whose step is taken in the hub."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from zps.errors import ConfigError, UnsupportedError, WeightsModified
+from zps.memory.control import Outcome
+from zps.optim import registry
+from zps.training import state as hub_state
+from zps.training.current import current
+from zps.training.hooks import GradientStream, Params
+from zps.training.rules import RuleSpec, rule_of
+from zps.worker.link import PushInfo
+from zps.worker.worker import Worker, pack_hypers
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Drop-in for the optimizer it wraps, shared by all workers.
+
+    optimizer      names the rule and its hyperparameters; it is not used after that, except with
+                   apply="worker". `param_groups` are its own, so any LR scheduler works on either.
+    model          the module whose parameters it holds: gives names, buffers and frozen parameters
+    apply          "hub": the hub takes the step. "worker": the hub averages gradients, and
+                   `optimizer` takes the step here
+    overlap        gradients leave during backward; False: at the step
+    max_grad_norm  clip the averaged gradient by its global norm, as clip_grad_norm_ does
+    worker         None: the one that `zps.init()` made
+
+    Every worker has to make it, over the same model; rank 0's weights and buffers become everyone's.
+    From then on parameters are fp32, bf16 or fp16 tensors in memory shared with the hub (bsp) or
+    copies of it; read them freely, and after writing them call `publish()`.
+
+    Set `samples` before backward to weight this worker's gradient in the mean, as for an uneven last
+    batch: samples = len(batch).
+
+    Raises LayoutMismatch, TensorMismatch, UnsupportedError, ConfigError, OutOfMemory, WaitTimeout.
+    """
+
+    #: GradScaler then hands over its scale instead of unscaling: see torch.amp.GradScaler.step.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module | None = None,
+        *,
+        apply: Literal["hub", "worker"] = "hub",
+        overlap: bool = True,
+        max_grad_norm: float | None = None,
+        worker: Worker | None = None,
+    ):
+        if apply not in ("hub", "worker"):
+            raise ConfigError(f"apply={apply!r}; it is 'hub' or 'worker'")
+        self.samples = 1.0
+        self._worker = current() if worker is None else worker
+        self._wrapped = optimizer
+        self._apply = apply
+        self._max_grad_norm = max_grad_norm
+        self._params = _named(optimizer, model)
+        self._spec = RuleSpec("mean", native=True) if apply == "worker" else rule_of(optimizer)
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.param_groups = optimizer.param_groups
+        self.state = defaultdict(dict)
+        self._followers = _followers(model, self._params, whole=apply == "worker")
+        self._sent = b""
+        self._declare()
+        self._adopt()
+        self._stream = GradientStream(
+            self._worker, self._params, overlap=overlap, info=self._push_info
+        )
+        self._stream.hook_all()
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Send what has not left, and return when the model holds the new weights.
+
+        Raises GradientModified, WeightsModified, NonFiniteGradient, WaitTimeout, HubLost.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_weights()
+        self._stream.hook_all()
+        scaled = hasattr(self, "found_inf")
+        finite = not (scaled and bool(self.found_inf))
+        outcomes = self._stream.finish(in_place_ok=scaled, finite=finite)
+        skipped = Outcome.SKIPPED in outcomes
+        if self._apply == "worker":
+            if not skipped:
+                self._step_here()
+        else:
+            self._worker.refresh()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; also ends a round that an error cut short, so that nobody waits for it."""
+        if self._stream.round_is_open:
+            self._stream.abandon()
+        self._stream.hook_all()
+        super().zero_grad(set_to_none)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients over several backward passes; the last one goes outside."""
+        with self._stream.paused():
+            yield
+
+    def publish(self) -> None:
+        """Make rank 0's weights and buffers everyone's; every worker has to call it.
+
+        For after `model.load_state_dict` or any other write to the weights, which only rank 0, or
+        every worker alike, may have done.
+        """
+        tensors = {name: param for name, param in self._params} if self._apply == "hub" else {}
+        self._worker.publish(tensors, self._followers)
+        self._copy_followers()
+        self._remember_weights()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only before the job has begun: the layout is fixed once it is declared."""
+        if hasattr(self, "_stream"):
+            raise UnsupportedError(
+                "a parameter group cannot be added to a running job; give the optimizer all "
+                "parameters from the start, with requires_grad=False for those to be trained later"
+            )
+        super().add_param_group(param_group)
+
+    # --- state --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """In the wrapped optimizer's own format: it loads there, and the reverse.
+
+        Fetches the state from the hub; call it between steps.
+        """
+        if self._apply == "worker":
+            return self._wrapped.state_dict()
+        shapes = [param.shape for _, param in self._params]
+        states = hub_state.fetch(self._worker, self._spec, shapes, self._states_used())
+        self.state = defaultdict(dict)
+        for (_, param), values in zip(self._params, states, strict=True):
+            if values:
+                self.state[param] = values
+        try:
+            return super().state_dict()
+        finally:
+            self.state = defaultdict(dict)  # the truth is in the hub
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Take over hyperparameters and state, also of a plain torch optimizer.
+
+        Every worker has to call it, with the same contents; rank 0's go to the hub.
+        """
+        if self._apply == "worker":
+            self._wrapped.load_state_dict(dict(state_dict))
+            self.param_groups = self._wrapped.param_groups
+            return
+        super().load_state_dict(dict(state_dict))
+        self._wrapped.param_groups = self.param_groups
+        states = self._by_param(state_dict)
+        self.state = defaultdict(dict)
+        if self._worker.rank == 0:
+            hub_state.store(self._worker, self._spec, states, self._states_used())
+        self._worker.barrier()
+
+    # --- parts --------------------------------------------------------------------------------
+
+    def _declare(self) -> None:
+        groups = self._spec.hypers(self.param_groups)
+        if self._apply == "worker":
+            groups = [{} for _ in self.param_groups]
+        names = {id(param): name for name, param in self._params}
+        members = [[names[id(p)] for p in group["params"]] for group in self.param_groups]
+        self._worker.declare(
+            dict(self._params),
+            rule=self._spec.name,
+            groups=[{**g, "params": m} for g, m in zip(groups, members, strict=True)],
+            extras=self._followers,
+            max_grad_norm=self._hub_norm(),
+            fuse=True,
+        )
+
+    @torch.no_grad()
+    def _adopt(self) -> None:
+        """From here on the model computes on what the hub writes."""
+        if self._apply == "hub":
+            for name, param in self._params:
+                param.data = self._worker.weights(name)
+        self._copy_followers()
+        self._remember_weights()
+
+    @torch.no_grad()
+    def _copy_followers(self) -> None:
+        for name, tensor in self._followers.items():
+            tensor.copy_(self._worker.extra(name))
+
+    def _hub_norm(self) -> float | None:
+        return self._max_grad_norm if self._apply == "hub" else None
+
+    def _push_info(self, first: bool, finite: bool) -> PushInfo:
+        scale = getattr(self, "grad_scale", None)
+        hold = hasattr(self, "found_inf") or self._worker.settings.nonfinite == "skip"
+        return PushInfo(
+            samples=float(self.samples),
+            grad_scale=1.0 if scale is None else float(scale),
+            finite=finite,
+            hold=hold,
+            hypers=self._changed_hypers() if first else None,
+        )
+
+    def _changed_hypers(self) -> bytes | None:
+        if self._apply == "worker":
+            return None
+        data = pack_hypers(self._spec.hypers(self.param_groups), self._hub_norm())
+        if data == self._sent:
+            return None
+        self._sent = data
+        return data
+
+    def _step_here(self) -> None:
+        """apply="worker": the averaged gradients become this worker's own, and it steps."""
+        steps, layout = self._worker.link.steps, self._worker.layout
+        for index, (name, param) in enumerate(self._params):
+            applied = int(steps[layout.pieces_of(index)[0]])
+            if applied == self._applied[index]:
+                param.grad = None  # nobody had a gradient
+                continue
+            self._applied[index] = applied
+            mean = self._worker.weights(name)
+            if param.grad is None:
+                param.grad = mean.clone()
+            else:
+                param.grad.copy_(mean)
+        self._worker.refresh()
+        if self._max_grad_norm is not None:
+            params = [param for _, param in self._params if param.grad is not None]
+            torch.nn.utils.clip_grad_norm_(params, self._max_grad_norm)
+        self._wrapped.step()
+
+    def _remember_weights(self) -> None:
+        self._versions = [(p._version, p.data_ptr()) for _, p in self._params]
+        steps, layout = self._worker.link.steps, self._worker.layout
+        self._applied = [int(steps[layout.pieces_of(i)[0]]) for i in range(len(self._params))]
+
+    def _check_weights(self) -> None:
+        if self._apply == "worker":
+            return
+        for (name, param), known in zip(self._params, self._versions, strict=True):
+            if (param._version, param.data_ptr()) != known:
+                raise WeightsModified(
+                    f"the parameter {name!r} was written on rank {self._worker.rank}, but the hub "
+                    "holds the weights: call opt.publish() on every worker after loading or "
+                    "re-initialising them"
+                )
+
+    def _states_used(self) -> list[set[str]]:
+        if not self._spec.native:
+            return [set() for _ in self._params]
+        rule = registry.rule(self._spec.name)
+        groups = self._spec.hypers(self.param_groups)
+        used = {
+            id(param): set(rule.state_used(hypers))
+            for group, hypers in zip(self.param_groups, groups, strict=True)
+            for param in group["params"]
+        }
+        return [used[id(param)] for _, param in self._params]
+
+    def _by_param(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The states of `state_dict` in the order of our parameters, not cast to their dtypes."""
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        number_of = {id(param): n for n, param in zip(numbers, params, strict=True)}
+        return [dict(state_dict["state"].get(number_of[id(p)], {})) for _, p in self._params]
+
+
+def _named(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> Params:
+    """The optimizer's parameters with the names the model knows them by, each once."""
+    known = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+    params: Params = []
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, param in enumerate(group["params"]):
+            name = known.get(id(param), f"group{group_index}.{index}")
+            if param.device.type != "cpu":
+                raise UnsupportedError(
+                    f"the parameter {name!r} is on {param.device}; this version trains on the CPU"
+                )
+            params.append((name, param))
+    return params
+
+
+def _followers(
+    model: torch.nn.Module | None, params: Params, *, whole: bool
+) -> dict[str, torch.Tensor]:
+    """What follows rank 0 without being trained by the hub: buffers, and parameters left out."""
+    followers: dict[str, torch.Tensor] = {}
+    trained = {id(param) for _, param in params}
+    if model is not None:
+        followers |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
+        for name, param in model.named_parameters():
+            if id(param) not in trained:
+                followers[f"fixed {name}"] = param
+    if whole:
+        followers |= {f"weight {name}": param for name, param in params}
+    return {name: tensor for name, tensor in followers.items() if tensor.device.type == "cpu"}
