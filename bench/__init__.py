@@ -1,0 +1,1 @@
+"""Benchmarks: one file per question, `peers/` for what is compared, one shared harness."""

@@ -1,0 +1,276 @@
+"""What all comparisons share: what runs, in which order, what figures mean, how they are told.
+
+Method: every participant's processes live for the whole run and wait without using a core. The
+parties take turns in mirrored blocks (A B C, C B A), so that a slow drift of the machine meets all
+of them alike. A ratio is one of medians; its interval comes from resampling whole cycles, because
+rounds timed one after another are not independent.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bench.peers.base import BenchError, Peer, cores
+from bench.peers.problem import Array
+from bench.peers.team import Samples, Team
+
+PROCESS_BYTES = 250 << 20  # an interpreter with torch
+WORKER_THREADS = 1
+_UNITS = {"": 1, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much to measure: mirrored cycles, and about how long each block of rounds lasts."""
+
+    cycles: int
+    block_s: float
+    most_rounds: int = 200
+
+    @property
+    def blocks(self) -> int:
+        """Blocks per participant."""
+        return 2 * self.cycles
+
+
+FULL = Plan(cycles=10, block_s=0.5)
+QUICK = Plan(cycles=3, block_s=0.15, most_rounds=50)
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(slots=True)
+class Measured:
+    """One participant's rounds in microseconds, by cycle, and how many began late."""
+
+    cycles: list[Samples]
+    threads: dict[str, int]
+    late: int = 0
+
+    @property
+    def samples(self) -> Samples:
+        return np.concatenate(self.cycles)
+
+    def p(self, percent: float) -> float:
+        return float(np.percentile(self.samples, percent))
+
+
+# --- what to run ---------------------------------------------------------------------------------
+
+
+def parse_sizes(text: str) -> list[int]:
+    """`1K,25M` → [1000, 25000000]. Raises BenchError naming the part that is no size."""
+    return [_parse_size(part) for part in text.split(",")]
+
+
+def _parse_size(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)\s*", text.upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise BenchError(f"{text!r} is not a size: give parameters as 1000, 1K or 25M")
+    return size
+
+
+def choose(names: str | None, known: Iterable[type[Peer]]) -> tuple[list[type[Peer]], list[str]]:
+    """The participants to run, and a line about each that cannot run here.
+
+    `names` is a comma-separated choice, or None for every available one. Raises BenchError for a
+    name that nobody has, and for a chosen participant that is not available.
+    """
+    table = {peer.name: peer for peer in known}
+    wanted = [name.strip() for name in names.split(",")] if names else list(table)
+    for name in wanted:
+        if name not in table:
+            near = difflib.get_close_matches(name, table, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise BenchError(f"unknown peer {name!r}{hint}: choose from {', '.join(table)}")
+    missing = {name: reason for name in wanted if (reason := table[name].available())}
+    if names and missing:
+        raise BenchError("; ".join(f"peer {name}: {reason}" for name, reason in missing.items()))
+    chosen = [table[name] for name in dict.fromkeys(wanted) if name not in missing]
+    if not chosen:
+        raise BenchError("no peer can run here")
+    return chosen, [f"{name} is left out: {reason}" for name, reason in missing.items()]
+
+
+def require_memory(peers: Iterable[type[Peer]], size: int, world: int) -> None:
+    """Raises BenchError when the participants at this size do not fit into memory together."""
+    peers = list(peers)
+    arrays = sum(peer.memory_bytes(size, world) for peer in peers) + 5 * 4 * size
+    need = arrays + len(peers) * (world + 1) * PROCESS_BYTES
+    have = available_bytes()
+    if need > have:
+        raise BenchError(
+            f"size {human(size)} with {world} workers and {len(peers)} peers needs about "
+            f"{need / 2**30:.1f} GiB, {have / 2**30:.1f} GiB are free: "
+            "choose a smaller --sizes or fewer --peers"
+        )
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping, within the control group's limit if there is one."""
+    info = Path("/proc/meminfo").read_text()
+    found = re.search(r"MemAvailable:\s+(\d+) kB", info)
+    assert found, "every Linux since 3.14 tells what is available"
+    have = int(found[1]) << 10
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            have = min(have, int((group / limit).read_text()) - int((group / used).read_text()))
+        except (OSError, ValueError):  # not this version of control groups, or "max"
+            continue
+    return have
+
+
+def human(size: int) -> str:
+    """25000000 → 25 M."""
+    for unit in ("G", "M", "K"):
+        if size >= _UNITS[unit]:
+            return f"{size / _UNITS[unit]:g} {unit}"
+    return str(size)
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def mirrored(names: Sequence[str]) -> list[str]:
+    """One cycle: A B C C B A."""
+    return [*names, *reversed(names)]
+
+
+def rounds_per_block(median_us: float, plan: Plan) -> int:
+    """How many rounds of this length fill a block; at least two."""
+    return int(min(plan.most_rounds, max(2, plan.block_s * 1e6 / median_us)))
+
+
+def measure(
+    teams: Mapping[str, Team], plan: Plan, tick: Callable[[str], None]
+) -> tuple[dict[str, Measured], float, float]:
+    """Times all teams in turns; `tick` hears of each block.
+
+    Returns what was measured, the median cost of timing an empty round in microseconds, and the
+    share of all cores that other processes of this machine used meanwhile.
+    """
+    rounds, start_us = _warm_up(teams, plan, tick)
+    found = {
+        name: Measured([], {"worker": WORKER_THREADS, "server": team.server.threads})
+        for name, team in teams.items()
+    }
+    began = _busy_s(), _own_s(teams), time.monotonic()
+    for _ in range(plan.cycles):
+        blocks: dict[str, list[Samples]] = {name: [] for name in teams}
+        for name in mirrored(list(teams)):
+            with teams[name].awake():
+                teams[name].run(1)  # caches and cores change hands between blocks
+                block = teams[name].run(rounds[name])
+            blocks[name].append(block.samples)
+            found[name].late += block.late
+            tick(name)
+        merged = {name: np.concatenate(parts) for name, parts in blocks.items()}
+        if all(part.size for part in merged.values()):
+            for name, part in merged.items():
+                found[name].cycles.append(part)
+    if not found[next(iter(found))].cycles:
+        raise BenchError("every round began late: this machine is too busy to measure anything")
+    busy, own, wall = _busy_s() - began[0], _own_s(teams) - began[1], time.monotonic() - began[2]
+    return found, start_us, max(0.0, (busy - own) / (wall * cores()))
+
+
+def _warm_up(
+    teams: Mapping[str, Team], plan: Plan, tick: Callable[[str], None]
+) -> tuple[dict[str, int], float]:
+    rounds: dict[str, int] = {}
+    for name, team in teams.items():
+        with team.awake():
+            team.run(2)
+            first = team.run(3).samples
+            guess = rounds_per_block(float(np.median(first)) if first.size else 1e3, plan)
+            again = team.run(guess).samples
+            rounds[name] = rounds_per_block(float(np.median(again)), plan) if again.size else guess
+        tick(name)
+    quiet = [team for team in teams.values() if not team.peer.spins_when_idle]
+    empty = [s for team in quiet[:1] if (s := team.run_empty(100).samples).size]
+    return rounds, float(np.median(empty[0])) if empty else float("nan")
+
+
+def check(team: Team, expected: Array, rounds: int, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    """Raises BenchError unless every worker of the team holds the expected weights."""
+    for rank, weights in team.weights():
+        if weights.shape != expected.shape:
+            raise BenchError(
+                f"{team.peer.name}: worker {rank} holds {weights.size} weights, not {expected.size}"
+            )
+        error = np.abs(weights - expected)
+        wrong = ~(error <= atol + rtol * np.abs(expected))
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            raise BenchError(
+                f"{team.peer.name}: worker {rank} has wrong weights after {rounds} rounds: "
+                f"{int(wrong.sum())} of {wrong.size} differ; at {at} it holds {weights[at]!r}, "
+                f"the reference {expected[at]!r}"
+            )
+
+
+def check_agreement(team: Team) -> None:
+    """Raises BenchError unless all workers of the team hold the same bits."""
+    with team.awake():
+        if len(set(team.digests())) > 1:
+            raise BenchError(f"{team.peer.name}: after all rounds its workers hold other weights")
+
+
+# --- statistics ----------------------------------------------------------------------------------
+
+
+def ratio_of_medians(
+    above: Sequence[Samples],
+    below: Sequence[Samples],
+    *,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Ratio:
+    """median(above) / median(below) with its percentile-bootstrap interval.
+
+    above, below   the samples of each cycle; cycle i of both was measured together, and the
+                   bootstrap draws whole cycles so that pairs stay pairs.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, section 13.3.
+    """
+    generator = np.random.default_rng(seed)
+    picks = generator.integers(len(above), size=(draws, len(above)))
+    ratios = [
+        np.median(np.concatenate([above[i] for i in pick]))
+        / np.median(np.concatenate([below[i] for i in pick]))
+        for pick in picks
+    ]
+    tail = 50 * (1 - level)
+    low, high = np.percentile(ratios, [tail, 100 - tail])
+    value = np.median(np.concatenate(above)) / np.median(np.concatenate(below))
+    return Ratio(float(value), float(low), float(high))
+
+
+def _busy_s() -> float:
+    """Seconds that all cores together have been busy since boot."""
+    user, nice, system, _idle, _iowait, irq, softirq = (
+        int(f) for f in Path("/proc/stat").read_text().split(maxsplit=9)[1:8]
+    )
+    return float(user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_s(teams: Mapping[str, Team]) -> float:
+    return time.process_time() + sum(team.cpu_s() for team in teams.values())

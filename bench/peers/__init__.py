@@ -1,0 +1,1 @@
+"""What zps is measured against, and zps itself, each behind `bench.peers.base.Peer`."""

@@ -1,0 +1,292 @@
+"""The processes of one participant, driven through pipes."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import multiprocessing
+import os
+import signal
+import struct
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.peers.base import BenchError, Peer, Seat, Server, cores
+from bench.peers.problem import Array
+
+Samples = npt.NDArray[np.float64]  # microseconds
+
+REPLY_S = 300.0
+_EXIT_S = 5.0
+_LEAD_NS = 400_000
+_LATE_NS = 50_000
+_TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
+
+
+class StartLine:
+    """Lets all workers of a team begin a round at one instant of CLOCK_MONOTONIC.
+
+    Every worker reports to rank 0, which names an instant a little ahead. All spin until it, so
+    that neither the pipes nor a wake-up is part of what is timed. Each meets the others on a core
+    of its own, as if it came from computing: a pipe's reader is woken on the writer's core, where
+    it would wait behind the spinning writer. From the start on they run where the scheduler likes.
+    With more workers than cores spinning would hold up those still on their way: then they sleep.
+    """
+
+    def __init__(self, others: Sequence[Connection], rank: int, world: int) -> None:
+        self._others = others
+        self._leads = rank == 0
+        self._spin = world <= cores()
+        self._everywhere = os.sched_getaffinity(0)
+        self._own = {sorted(self._everywhere)[rank % cores()]}
+
+    def wait(self) -> tuple[int, int]:
+        """Returns the common start, and when this worker really began, in nanoseconds."""
+        os.sched_setaffinity(0, self._own)
+        start = self._agree()
+        os.sched_setaffinity(0, self._everywhere)
+        if not self._spin:
+            time.sleep(max(0, start - time.perf_counter_ns()) * 1e-9)
+        while (now := time.perf_counter_ns()) < start:
+            pass
+        return start, now
+
+    def _agree(self) -> int:
+        if self._leads:
+            for other in self._others:
+                other.recv_bytes()
+            start = time.perf_counter_ns() + _LEAD_NS
+            for other in self._others:
+                other.send_bytes(struct.pack("q", start))
+        else:
+            self._others[0].send_bytes(b"ready")
+            (start,) = struct.unpack("q", self._others[0].recv_bytes())
+        return int(start)
+
+
+class _Member:
+    """What one worker process does: the commands of its team, one at a time."""
+
+    def __init__(self, peer: Peer, line: StartLine) -> None:
+        self._peer = peer
+        self._line = line
+        self._rounds = 0
+
+    def run(self, rounds: int) -> npt.NDArray[np.int64]:
+        """(rounds, 3) int64: common start, own start, end."""
+        stamps = np.empty((rounds, 3), np.int64)
+        for row in stamps:
+            self._peer.prepare(self._rounds)
+            row[:2] = self._line.wait()
+            self._peer.round()
+            row[2] = time.perf_counter_ns()
+            self._rounds += 1
+        return stamps
+
+    def run_empty(self, rounds: int) -> npt.NDArray[np.int64]:
+        """As `run`, with nothing between start and end: what the measuring itself costs."""
+        stamps = np.empty((rounds, 3), np.int64)
+        for row in stamps:
+            row[:2] = self._line.wait()
+            row[2] = time.perf_counter_ns()
+        return stamps
+
+    def weights(self) -> Array:
+        return self._peer.weights()
+
+    def digest(self) -> str:
+        return hashlib.blake2b(self._peer.weights().data).hexdigest()
+
+
+def _member_main(
+    peer_type: type[Peer], seat: Seat, control: Connection, others: list[Connection]
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to end
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        peer = peer_type()
+        peer.setup(seat)
+        member = _Member(peer, StartLine(others, seat.rank, seat.world))
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # a collection within a round would be measured with it
+        control.send(("ok", None))
+        while (order := control.recv()) is not None:
+            command, arguments = order
+            control.send(("ok", getattr(member, command)(*arguments)))
+            gc.collect()
+        peer.close()
+        control.send(("ok", None))
+    except BaseException:  # whatever it is, the parent must hear of it
+        control.send(("failed", traceback.format_exc()))
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rounds timed one after another: microseconds each, and how many of them began late."""
+
+    samples: Samples
+    late: int
+
+
+class Team:
+    """One participant at one size: its server and its workers, all alive until `close`."""
+
+    def __init__(self, peer: type[Peer], seats: list[Seat], server: Server) -> None:
+        self.peer = peer
+        self.server = server
+        self._controls: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        self._start(seats)
+
+    def _start(self, seats: list[Seat]) -> None:
+        context = multiprocessing.get_context("spawn")
+        lines = [context.Pipe() for _ in seats[1:]]
+        for seat in seats:
+            others = [a for a, _ in lines] if seat.rank == 0 else [lines[seat.rank - 1][1]]
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_member_main, args=(self.peer, seat, there, others), daemon=True
+            )
+            process.start()
+            there.close()
+            self._controls.append(here)
+            self._processes.append(process)
+        for pair in lines:
+            for end in pair:
+                end.close()
+
+    def ready(self) -> None:
+        """Waits until every worker is set up."""
+        self._replies()
+        self._signal(signal.SIGSTOP)
+
+    def run(self, rounds: int) -> Block:
+        """Times `rounds` rounds, each from the last worker's start to the last worker's end."""
+        return merge(self._ask("run", rounds), self.peer.spins_when_idle)
+
+    def run_empty(self, rounds: int) -> Block:
+        """Times nothing at all: what the measuring itself costs."""
+        return merge(self._ask("run_empty", rounds), self.peer.spins_when_idle)
+
+    def digests(self) -> list[str]:
+        """A digest of each worker's weights."""
+        return [str(digest) for digest in self._ask("digest")]
+
+    def weights(self) -> Iterator[tuple[int, Array]]:
+        """Each rank with its weights, one worker at a time to spare memory."""
+        for rank in range(len(self._controls)):
+            self._controls[rank].send(("weights", ()))
+            yield rank, self._replies(rank)[0]
+
+    def pids(self) -> list[int]:
+        return [p.pid for p in self._processes if p.pid is not None] + list(self.server.pids)
+
+    def cpu_s(self) -> float:
+        """CPU seconds that all its processes have used so far."""
+        return sum(_cpu_s(pid) for pid in self.pids())
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Its processes may run. Outside of this, those that would spin while idle are stopped."""
+        self._signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def close(self) -> None:
+        """Ends the workers in order; those that do not end are killed."""
+        self._signal(signal.SIGCONT)
+        for control in self._controls:
+            control.send(None)
+        self._replies()
+        for process in self._processes:
+            process.join(_EXIT_S)
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for control in self._controls:
+            control.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pid in self.pids() if self.peer.spins_when_idle else ():
+            os.kill(pid, number)
+
+    def _ask(self, command: str, *arguments: object) -> list[Any]:
+        for control in self._controls:
+            control.send((command, arguments))
+        return self._replies()
+
+    def _replies(self, *ranks: int) -> list[Any]:
+        """One answer from each rank (all of them by default); the first failure ends the wait."""
+        replies: dict[int, Any] = {}
+        waiting = {self._controls[r]: r for r in ranks or range(len(self._controls))}
+        deadline = time.monotonic() + REPLY_S
+        while waiting:
+            heard = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not heard:
+                silent = sorted(waiting.values())
+                raise BenchError(
+                    f"{self.peer.name}: no answer from worker {silent} in {REPLY_S:.0f} s"
+                )
+            for control in heard:
+                assert isinstance(control, Connection)
+                rank = waiting.pop(control)
+                replies[rank] = self._answer(control, rank)
+        return [replies[rank] for rank in sorted(replies)]
+
+    def _answer(self, control: Connection, rank: int) -> Any:
+        try:
+            status, value = control.recv()
+        except EOFError:
+            raise BenchError(f"{self.peer.name}: worker {rank} ended without a word") from None
+        if status != "ok":
+            raise BenchError(f"{self.peer.name}: worker {rank} failed:\n{value}")
+        return value
+
+
+@contextmanager
+def team(peer: type[Peer], world: int, size: int, seed: int, folder: Path) -> Iterator[Team]:
+    """A team set up for its first round; its processes end with the `with` block."""
+    with ExitStack() as stack:
+        server = stack.enter_context(peer.serve(world, size, seed, folder))
+        seats = [Seat(rank, world, size, seed, server.address) for rank in range(world)]
+        made = Team(peer, seats, server)
+        stack.callback(made.kill)
+        made.ready()
+        yield made
+        made.close()
+
+
+def merge(stamps: list[npt.NDArray[np.int64]], keep_late: bool) -> Block:
+    """Merges the workers' stamps into one time a round, from the last worker's start.
+
+    A round that some worker began late measured the machine: it is left out. Peers whose own
+    threads spin delay their own starts: theirs are kept, and counting from the last start is in
+    their favour.
+    """
+    merged = np.stack(stamps)
+    starts = merged[:, :, 1].max(axis=0)
+    late = starts - merged[0, :, 0] > _LATE_NS
+    samples = (merged[:, :, 2].max(axis=0) - starts) / 1e3
+    return Block(samples if keep_late else samples[~late], int(late.sum()))
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * _TICK_S

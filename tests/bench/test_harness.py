@@ -1,0 +1,140 @@
+"""The harness's arithmetic, and what it refuses before any work."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from bench import harness
+from bench.harness import Plan, choose, mirrored, parse_sizes, ratio_of_medians, rounds_per_block
+from bench.peers import problem
+from bench.peers.base import BenchError, Peer
+from bench.peers.gloo import Gloo
+from bench.peers.rpc import Rpc
+from bench.peers.team import merge
+from bench.peers.zps_round import Zps, ZpsGrad
+
+PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, Gloo, Rpc)
+
+
+class Missing(Gloo):
+    name = "missing"
+
+    @classmethod
+    def available(cls) -> str | None:
+        return "it is not there"
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [("1000", [1000]), ("1K", [1000]), ("1k,25M", [1000, 25_000_000]), ("0.5M", [500_000])],
+)
+def test_sizes_are_read_with_their_units(text: str, sizes: list[int]) -> None:
+    assert parse_sizes(text) == sizes
+
+
+@pytest.mark.parametrize("text", ["", "0", "1X", "-3", "1K,,2K", "K"])
+def test_what_is_no_size_is_named(text: str) -> None:
+    with pytest.raises(BenchError, match="is not a size"):
+        parse_sizes(text)
+
+
+def test_sizes_are_told_as_they_are_read() -> None:
+    assert [harness.human(n) for n in (7, 1000, 1_500_000)] == ["7", "1 K", "1.5 M"]
+
+
+def test_an_unknown_peer_is_named_with_the_nearest_known_one() -> None:
+    with pytest.raises(BenchError, match=r"unknown peer 'glo' \(did you mean 'gloo'\?\)"):
+        choose("zps,glo", PEERS)
+
+
+def test_a_chosen_peer_that_cannot_run_is_an_error_and_an_unchosen_one_a_note() -> None:
+    with pytest.raises(BenchError, match="it is not there"):
+        choose("missing", [Gloo, Missing])
+    chosen, notes = choose(None, [Gloo, Missing])
+    assert chosen == [Gloo]
+    assert notes == ["missing is left out: it is not there"]
+
+
+def test_a_peer_named_twice_runs_once() -> None:
+    assert choose("gloo,gloo", PEERS)[0] == [Gloo]
+
+
+def test_a_size_that_does_not_fit_is_refused_with_both_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(harness, "available_bytes", lambda: 8 << 30)
+    harness.require_memory(PEERS, 1_000_000, 2)
+    with pytest.raises(BenchError, match=r"needs about \d+\.\d GiB, 8\.0 GiB are free"):
+        harness.require_memory(PEERS, 1_000_000_000, 2)
+
+
+def test_a_cycle_is_its_own_mirror_image() -> None:
+    cycle = mirrored(["a", "b", "c"])
+    assert cycle == ["a", "b", "c", "c", "b", "a"]
+    assert cycle == cycle[::-1]
+
+
+def test_a_block_has_at_least_two_rounds_and_at_most_what_the_plan_allows() -> None:
+    plan = Plan(cycles=2, block_s=0.1, most_rounds=50)
+    assert [rounds_per_block(us, plan) for us in (1e6, 1e4, 1.0)] == [2, 10, 50]
+
+
+def test_the_ratio_of_medians_ignores_outliers() -> None:
+    above = [np.array([10.0, 10.0, 1000.0])] * 4
+    below = [np.array([2.0, 2.0, 0.001])] * 4
+    ratio = ratio_of_medians(above, below)
+    assert (ratio.value, ratio.low, ratio.high) == (5.0, 5.0, 5.0)
+
+
+def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(7)
+    covered = 0
+    for trial in range(60):
+        drift = generator.lognormal(0.0, 0.2, size=12)  # a slow machine slows both alike
+        above = [3.0 * d * generator.lognormal(0.0, 0.05, size=20) for d in drift]
+        below = [1.0 * d * generator.lognormal(0.0, 0.05, size=20) for d in drift]
+        ratio = ratio_of_medians(above, below, draws=200, seed=trial)
+        assert ratio.low <= ratio.value <= ratio.high
+        covered += ratio.low <= 3.0 <= ratio.high
+    assert covered >= 51
+
+
+def test_a_round_lasts_from_the_last_start_to_the_last_end() -> None:
+    #                 common start, own start, end
+    rank0 = np.array([[1000, 1000, 9000], [0, 0, 7000]])
+    rank1 = np.array([[1000, 3000, 6000], [0, 0, 8000]])
+    assert merge([rank0, rank1], keep_late=False).samples.tolist() == [6.0, 8.0]
+
+
+def test_a_round_that_one_worker_began_late_is_left_out_and_counted() -> None:
+    late = 60_000
+    rank0 = np.array([[0, 0, 100_000], [0, 0, 100_000]])
+    rank1 = np.array([[0, late, 200_000], [0, 0, 100_000]])
+    block = merge([rank0, rank1], keep_late=False)
+    assert (block.samples.tolist(), block.late) == ([100.0], 1)
+    block = merge([rank0, rank1], keep_late=True)
+    assert (block.samples.tolist(), block.late) == ([140.0, 100.0], 1)
+
+
+def test_the_reference_is_sgd_with_momentum_on_the_mean_gradient() -> None:
+    torch = pytest.importorskip("torch")
+    weights = torch.nn.Parameter(torch.from_numpy(problem.initial_weights(33, seed=5)))
+    optimizer = torch.optim.SGD([weights], lr=problem.LR, momentum=problem.MOMENTUM)
+    grads = [torch.from_numpy(problem.gradient(rank, 33, seed=5)) for rank in range(3)]
+    for number in range(6):
+        weights.grad = sum(grads) / 3 * problem.factor(number)
+        optimizer.step()
+    expected = problem.reference(3, 33, seed=5, rounds=6)
+    np.testing.assert_allclose(weights.detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_rank_and_round_pushes_something_else() -> None:
+    ranks = [problem.gradient(rank, 100, seed=1) for rank in range(3)]
+    assert not np.allclose(ranks[0], ranks[1])
+    assert not np.allclose(ranks[1], ranks[2])
+    factors = [problem.factor(n) for n in range(8)]
+    assert all(a != b for a, b in pairwise(factors))
+    assert sum(factors) == 0.0
