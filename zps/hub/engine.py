@@ -17,7 +17,7 @@ from zps import native
 from zps.core.rounds import Apply, Drop, Mode, Rounds
 from zps.core.staleness import StalenessPolicy, lr_factor
 from zps.errors import ProtocolError
-from zps.hub.store import Contribution, Store, Update
+from zps.hub.store import Pushed, Store, Update
 from zps.memory.control import Control, Outcome, done_word
 
 _OUTCOMES = {"late": Outcome.LATE, "stale": Outcome.STALE, "duplicate": Outcome.DUPLICATE}
@@ -54,7 +54,7 @@ class Engine:
         self._control = control
         self._policy = policy
         self.rounds = policy.rounds(len(store.layout.buckets))
-        self._waiting: dict[tuple[int, int, int], Contribution] = {}  # by (rank, round, bucket)
+        self._waiting: dict[tuple[int, int, int], Pushed] = {}  # by (rank, round, bucket)
         self._busy: set[tuple[int, int]] = set()  # (session, bucket) whose slot is not consumed
         self._ready: list[Update] = []
         self._held: defaultdict[tuple[int, ...], list[Update]] = defaultdict(list)
@@ -80,16 +80,20 @@ class Engine:
         """Whether a push of this bucket still lies in the slot, unconsumed."""
         return (session, bucket) in self._busy
 
-    def push(self, contribution: Contribution, base_version: int) -> None:
-        """Take one bucket of one worker; whatever it completes is applied at the next flush."""
-        rank, round_, bucket = contribution.rank, contribution.round, contribution.bucket
-        self._waiting[rank, round_, bucket] = contribution
-        self._busy.add((contribution.session, bucket))
+    def push(self, pushed: Pushed, bucket: int, base: int) -> None:
+        """Take one bucket of a push; whatever it completes is applied at the next flush.
+
+        base  the version of the bucket that the gradient was computed on
+        Raises ProtocolError for a push that runs away from its round.
+        """
+        key = (pushed.rank, pushed.round, bucket)
+        self._waiting[key] = pushed
+        self._busy.add((pushed.session, bucket))
         try:
-            actions = self.rounds.on_push(rank, round_, bucket, base_version)
+            actions = self.rounds.on_push(*key, base)
         except ProtocolError:
-            del self._waiting[rank, round_, bucket]
-            self._busy.discard((contribution.session, bucket))
+            del self._waiting[key]
+            self._busy.discard((pushed.session, bucket))
             raise
         self._carry_out(actions)
 
@@ -128,9 +132,9 @@ class Engine:
 
     def _drop(self, drop: Drop) -> None:
         self.counters[f"dropped_{drop.reason}"] += 1
-        contribution = self._waiting.pop((drop.rank, drop.round, drop.bucket), None)
-        if contribution is not None:
-            self._post(contribution, _OUTCOMES.get(drop.reason, Outcome.LATE))
+        pushed = self._waiting.pop((drop.rank, drop.round, drop.bucket), None)
+        if pushed is not None:
+            self._post(pushed, drop.bucket, _OUTCOMES.get(drop.reason, Outcome.LATE))
 
     def _update(self, action: Apply) -> Update:
         key = (action.round, action.bucket)
@@ -186,11 +190,11 @@ class Engine:
         closed = self._control.closed_rounds
         for update in updates:
             closed = max(closed, update.round + 1)
-            for contribution in update.contributions:
-                self._post(contribution, outcome)
+            for pushed in update.contributions:
+                self._post(pushed, update.bucket, outcome)
         self._control.head[3] = closed  # ordered before the words by the release in native.post
 
-    def _post(self, contribution: Contribution, outcome: Outcome) -> None:
-        self._busy.discard((contribution.session, contribution.bucket))
-        index = contribution.rank * len(self.store.layout.buckets) + contribution.bucket
-        self._posts.append((index, done_word(contribution.seq, outcome)))
+    def _post(self, pushed: Pushed, bucket: int, outcome: Outcome) -> None:
+        self._busy.discard((pushed.session, bucket))
+        index = pushed.rank * len(self.store.layout.buckets) + bucket
+        self._posts.append((index, done_word(pushed.seq, outcome)))

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
+import select
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,63 +18,20 @@ import zmq
 
 from zps import native
 from zps.config import Settings
-from zps.core.layout import Layout
-from zps.core.membership import Admitted, Membership, Verdict
-from zps.core.rounds import Mode
-from zps.core.staleness import StalenessPolicy
+from zps.core.membership import Verdict
 from zps.errors import OutOfMemory, ProtocolError, ZpsError
-from zps.hub.engine import Engine, Policy
-from zps.hub.store import Contribution, ForeignFactory, Hypers, Store, make_hypers
-from zps.memory.control import Control
+from zps.hub.job import Declaration, Job, Peer, Refused, ResolveRule
+from zps.hub.roster import Roster
+from zps.hub.store import Pushed
 from zps.memory.segment import Segment
-from zps.optim.base import Rule
 from zps.wire import messages as m
-from zps.wire.sockets import Frame, Router, host_id
+from zps.wire.sockets import Frame, Router
 
 log = logging.getLogger("zps.hub")
 
 _BEAT_S = 0.5
-
-ResolveRule = Callable[[str], Rule | ForeignFactory]
-
-
-@dataclass(slots=True)
-class Peer:
-    """One session: one life of one worker."""
-
-    route: bytes
-    session: int
-    rank: int
-    pid: int
-    pidfd: int
-    declared: bool = False
-    slots: Segment | None = None
-    hypers: Hypers | None = None
-    last_seq: int = 0
-    last_reply: list[Frame] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Job:
-    """What exists from the first declaration until the last worker has left."""
-
-    layout: Layout
-    rule: str
-    engine: Engine
-    control: Control
-    group_of: tuple[int, ...]
-
-    def close(self) -> None:
-        self.engine.store.close()
-        self.control.segment.close()
-
-
-class Refused(Exception):
-    """A request that is answered with Refuse(code, text) and changes nothing."""
-
-    def __init__(self, code: str, text: str):
-        super().__init__(text)
-        self.code = code
+_POLL_BACKLOG_MS = 10
+_MAX_TEXT = 700  # a header holds 4 KiB, and a character up to 4 bytes
 
 
 class Hub:
@@ -92,13 +49,15 @@ class Hub:
         self._router = router
         self._resolve_rule = resolve_rule
         self._on_event = on_event
-        self._host = host_id()
+        self._keeps_base = settings.staleness_policy == "dc"  # it needs what workers computed on
         self._pool = native.Pool(settings.hub_threads or len(os.sched_getaffinity(0)))
         self._poller = zmq.Poller()
         self._poller.register(router.socket, zmq.POLLIN)
         self._watches: dict[int, Callable[[], None]] = {}
         self._stopping = ""
-        self._reset(settings.world_size or 1)
+        self._last_beat = 0.0
+        self._asked: int | None = None  # the request being handled
+        self._begin()
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -106,8 +65,8 @@ class Hub:
         """Serve until `stop`. Leaves no peer without a word and no memory behind."""
         try:
             while not self._stopping:
-                timeout = 10 if self._router.backlog else int(_BEAT_S * 1000)
-                for fd, _ in self._poller.poll(timeout):
+                timeout_ms = _POLL_BACKLOG_MS if self._router.backlog else int(_BEAT_S * 1000)
+                for fd, _ in self._poller.poll(timeout_ms):
                     if fd in self._watches:
                         self._watches[fd]()
                 self._serve()
@@ -117,7 +76,7 @@ class Hub:
             self._close()
 
     def stop(self, why: str) -> None:
-        """End the loop; workers are told why."""
+        """End the loop; workers are told why. The first reason counts."""
         self._stopping = self._stopping or why
 
     def watch(self, fd: int, on_readable: Callable[[], None]) -> None:
@@ -125,51 +84,41 @@ class Hub:
         self._watches[fd] = on_readable
         self._poller.register(fd, zmq.POLLIN)
 
+    def _begin(self) -> None:
+        """A new life: nothing from before has a meaning any more."""
+        self._roster = Roster(self.settings)
+        self._job: Job | None = None
+        self._collective: dict[str, dict[int, int]] = {"publish": {}, "barrier": {}}
+        self._awaiting_rank0: list[tuple[Peer, m.Declare, Sequence[bytes]]] = []
+        self._replace_by: dict[int, float] = {}  # dead rank -> until when the others wait for it
+
     def _serve(self) -> None:
         """Take everything that has come; pushes that come together are applied together."""
         while (frames := self._router.receive()) is not None:
-            self._on_message(frames)
-        if self._job is not None:
-            self._flush()
+            self._asked = None
+            self._guarded(frames[0], partial(self._on_message, frames[0], frames[1:]))
+        self._flush()
 
     def _flush(self) -> None:
-        assert self._job is not None
-        self._job.engine.flush()
+        if self._job is not None:
+            self._job.engine.flush()
 
     def _beat(self) -> None:
         now = time.monotonic()
-        if self._job is not None and now - self._last_beat >= _BEAT_S:
-            self._last_beat = now
+        if now - self._last_beat < _BEAT_S:
+            return
+        self._last_beat = now
+        if self._job is not None:
             self._job.control.beat(int(now * 1e9))
         for rank, deadline in self._replace_by.items():
             if now > deadline:
                 self.stop(f"no replacement for rank {rank} came in {self.settings.timeout_s:g} s")
 
-    def _reset(self, world_size: int) -> None:
-        """A new life: nothing from before has a meaning any more."""
-        self.epoch = secrets.randbits(62)
-        self.world_size = world_size
-        self._members = Membership(
-            world_size,
-            min_workers=min(self.settings.min_workers, world_size),
-            on_death=self.settings.on_death,
-        )
-        self._peers: dict[bytes, Peer] = {}
-        self._by_rank: dict[int, Peer] = {}
-        self._job: Job | None = None
-        self._formed = False
-        self._last_beat = 0.0
-        self._collective: dict[str, dict[int, int]] = {"publish": {}, "barrier": {}}
-        self._awaiting_rank0: list[tuple[Peer, m.Declare, Sequence[bytes]]] = []
-        self._replace_by: dict[int, float] = {}  # dead rank -> until when the others wait for it
-
     def _close(self) -> None:
         text = self._stopping or "the hub has failed; its log says why"
-        for peer in list(self._peers.values()):
-            self._send(peer, m.Closing(text=text))
-            os.close(peer.pidfd)
-            if peer.slots is not None:
-                peer.slots.close()
+        for peer in self._roster:
+            self._deliver(peer, [m.encode(m.Closing(text=text))])
+            peer.close()
         if self._job is not None:
             self._job.control.close_for_all()
             native.post_signal(self._job.control.signal_address)
@@ -179,36 +128,46 @@ class Hub:
 
     # --- messages -----------------------------------------------------------------------------
 
-    def _on_message(self, frames: list[bytes]) -> None:
-        route, seq = frames[0], None
+    def _guarded(self, route: bytes, handle: Callable[[], None]) -> None:
+        """Whatever is wrong with a request is its sender's to hear; the hub goes on."""
         try:
-            if len(frames) < 2:
-                raise ProtocolError("a message without a header")
-            message = m.decode(frames[1])
-            if isinstance(message, m.Hello):
-                self._on_hello(route, message)
-                return
-            if not isinstance(message, m.Sessioned):
-                raise ProtocolError(f"a {message.tag} message is for workers")
-            seq = message.seq
-            peer = self._peer(route, message)
-            if message.seq <= peer.last_seq:
-                self._repeat(peer, message)
-                return
-            self._dispatch(peer, message, frames[2:])
-            peer.last_seq = message.seq
+            handle()
         except Refused as refusal:
-            self._refuse(route, seq, refusal.code, str(refusal))
+            self._refuse(route, refusal.code, str(refusal))
         except ZpsError as error:
             log.warning("refused a message: %s", error)
-            self._refuse(route, seq, _code(error), str(error))
+            code = "out_of_memory" if isinstance(error, OutOfMemory) else type(error).__name__
+            self._refuse(route, code, str(error))
+
+    def _on_message(self, route: bytes, frames: list[bytes]) -> None:
+        if not frames:
+            raise ProtocolError("a message without a header")
+        message = m.decode(frames[0])
+        if isinstance(message, m.Hello):
+            self._on_hello(route, message)
+            return
+        if not isinstance(message, m.Sessioned):
+            raise ProtocolError(f"a {message.tag} message is for workers")
+        self._asked = message.seq
+        peer = self._roster.sender(route, message)
+        if message.seq <= peer.last_seq:
+            self._repeat(peer, message)
+            return
+        self._dispatch(peer, message, frames[1:])
+        peer.last_seq = message.seq
+
+    def _repeat(self, peer: Peer, message: m.Sessioned) -> None:
+        """A request that was already carried out: answer it again, do nothing again."""
+        if isinstance(message, m.Push):
+            return  # its outcome stands in the control segment
+        if message.seq == peer.last_seq and peer.last_reply:
+            self._deliver(peer, peer.last_reply)
 
     def _dispatch(self, peer: Peer, message: m.Sessioned, payload: Sequence[bytes]) -> None:
         if isinstance(message, m.Push):
             self._on_push(peer, message, payload)
             return
-        if self._job is not None:
-            self._flush()  # whatever is asked for now comes after the pushes before it
+        self._flush()  # whatever is asked for now comes after the pushes before it
         if isinstance(message, m.Declare):
             self._on_declare(peer, message, payload)
         elif isinstance(message, m.Publish):
@@ -223,96 +182,27 @@ class Hub:
         elif isinstance(message, m.SetSteps):
             job = self._declared(peer)
             steps = np.frombuffer(_only(payload), np.int64)
-            job.engine.store.set_steps(steps)
+            job.store.set_steps(steps)
             self._reply(peer, m.Ok(seq=message.seq))
         elif isinstance(message, m.Stats):
             self._reply(peer, m.Ok(seq=message.seq), m.pack(self.stats()))
         elif isinstance(message, m.Bye):
             self._on_bye(peer, message)
 
-    def _peer(self, route: bytes, message: m.Sessioned) -> Peer:
-        peer = self._peers.get(route)
-        if peer is None:
-            raise Refused("no_session", "this hub does not know you: say hello first, or rejoin")
-        if message.epoch != self.epoch or message.session != peer.session:
-            raise Refused("old_session", "the message belongs to an earlier life; rejoin")
-        return peer
-
-    def _repeat(self, peer: Peer, message: m.Sessioned) -> None:
-        """A request that was already carried out: answer it again, do nothing again."""
-        if isinstance(message, m.Push):
-            return  # its outcome stands in the control segment
-        if message.seq == peer.last_seq and peer.last_reply:
-            self._router.send(peer.route, peer.last_reply)
-
     # --- joining ------------------------------------------------------------------------------
 
     def _on_hello(self, route: bytes, hello: m.Hello) -> None:
-        if hello.protocol != m.PROTOCOL:
-            raise Refused(
-                "protocol",
-                f"the hub speaks protocol {m.PROTOCOL}, the worker {hello.protocol}; "
-                "install the same version of zps on both sides",
-            )
-        if hello.job != self.settings.job:
-            raise Refused("job", f"this hub serves job {self.settings.job!r}, not {hello.job!r}")
-        if hello.host != self._host:
-            raise Refused(
-                "other_host",
-                "the worker does not share the hub's host and PID namespace, "
-                "and this version exchanges gradients through shared memory only",
-            )
-        self._check_settings(hello)
-        if hello.world_size is not None and self.settings.world_size is None and not self._peers:
-            self._reset(hello.world_size)  # the first worker says how many there are
-        rank = self._free_rank() if hello.rank is None else hello.rank
-        answer = self._members.hello(rank, hello.incarnation)
-        if not isinstance(answer, Admitted):
-            raise Refused(answer.code, answer.text)
-        if not answer.repeat:
-            self._admit(route, rank, answer.session, hello.pid)
-        self._send(
-            self._peers[route],
-            m.Welcome(
-                protocol=m.PROTOCOL,
-                epoch=self.epoch,
-                session=answer.session,
-                rank=rank,
-                world_size=self.world_size,
-                pid=os.getpid(),
-                host=self._host,
-                settings={name: getattr(self.settings, name) for name in m.SHARED_SETTINGS},
-            ),
-        )
-
-    def _free_rank(self) -> int:
-        live = set(self._members.live)
-        return next((rank for rank in range(self.world_size) if rank not in live), self.world_size)
-
-    def _check_settings(self, hello: m.Hello) -> None:
-        ours = {name: getattr(self.settings, name) for name in m.SHARED_SETTINGS}
-        ours["world_size"] = self.settings.world_size or (self._peers and self.world_size) or None
-        theirs = {**hello.settings, "world_size": hello.world_size}
-        for name, value in theirs.items():
-            if value is not None and ours.get(name) not in (None, value):
-                raise Refused(
-                    "settings",
-                    f"{name} is {value!r} on the worker but {ours[name]!r} on the hub; "
-                    "set it alike on both, or on the hub alone",
-                )
-
-    def _admit(self, route: bytes, rank: int, session: int, pid: int) -> None:
-        old = self._by_rank.get(rank)
-        if old is not None:
-            self._lose(old, "was replaced")
-        try:
-            pidfd = os.pidfd_open(pid)
-        except OSError as error:
-            raise Refused("gone", f"the hub cannot watch process {pid}: {error}") from error
-        peer = Peer(route, session, rank, pid, pidfd)
-        self._peers[route] = self._by_rank[rank] = peer
-        self.watch(pidfd, lambda: self._lose(peer, f"process {pid} died"))
-        log.info("rank %d joined (process %d)", rank, pid)
+        if not len(self._roster) and self.settings.world_size is None:
+            self._roster = Roster(self.settings, hello.world_size)  # the first says how many
+        self._roster.check(hello)
+        old = self._roster.of_rank(hello.rank) if hello.rank is not None else None
+        if old is not None and old.route != route and _has_ended(old):
+            self._lose(old)  # its successor was faster than the news of its death
+        peer, is_new = self._roster.admit(route, hello)
+        if is_new:
+            self.watch(peer.pidfd, partial(self._lose, peer))
+            log.info("rank %d joined (process %d)", peer.rank, peer.pid)
+        self._deliver(peer, [m.encode(self._roster.welcome(peer))])
 
     def _on_declare(self, peer: Peer, message: m.Declare, payload: Sequence[bytes]) -> None:
         if peer.declared:
@@ -322,88 +212,32 @@ class Hub:
             return
         if len(payload) != 2:
             raise ProtocolError(f"a declaration has 2 payload frames, not {len(payload)}")
-        layout = Layout.from_wire(m.unpack(payload[0]))
-        hypers, group_of = self._read_groups(message.rule, payload[1], len(layout.params))
+        declared = Declaration.read(
+            message.rule, m.unpack(payload[0]), payload[1], self._resolve_rule
+        )
+        if declared.layout.hash != message.layout_hash:
+            raise ProtocolError("the layout does not match its hash")
         if self._job is None:
-            self._job = self._open_job(message.rule, layout, hypers, group_of)
-        self._check_same(peer, message, layout, group_of)
-        self._attach(peer, message.seq, hypers)
+            self._job = Job.open(
+                declared,
+                self.settings,
+                epoch=self._roster.epoch,
+                world_size=self._roster.world_size,
+                pool=self._pool,
+                resolve=self._resolve_rule,
+            )
+        self._job.check_same(declared, f"rank {peer.rank}")
+        self._attach(self._job, peer, message.seq, declared)
         waiting, self._awaiting_rank0 = self._awaiting_rank0, []
         for other, declare, frames in waiting:
-            try:
-                self._on_declare(other, declare, frames)
-            except (Refused, ZpsError) as error:
-                code = error.code if isinstance(error, Refused) else _code(error)
-                self._refuse(other.route, declare.seq, code, str(error))
+            self._asked = declare.seq
+            self._guarded(other.route, partial(self._on_declare, other, declare, frames))
 
-    def _read_groups(
-        self, rule_name: str, data: bytes, params: int
-    ) -> tuple[Hypers, tuple[int, ...]]:
-        """Hyperparameters, and the group of every parameter."""
-        rule = self._resolve_rule(rule_name)
-        groups, norm = _unpack_groups(data)
-        group_of = [-1] * params
-        for index, group in enumerate(groups):
-            for param in group.pop("params", ()):
-                if not isinstance(param, int) or not 0 <= param < params or group_of[param] >= 0:
-                    raise ProtocolError(f"group {index} lists parameter {param!r} wrongly")
-                group_of[param] = index
-        if -1 in group_of:
-            raise ProtocolError(f"parameter {group_of.index(-1)} is in no group")
-        own = rule if isinstance(rule, Rule) else None
-        return make_hypers(own, groups, norm), tuple(group_of)
-
-    def _open_job(
-        self, rule: str, layout: Layout, hypers: Hypers, group_of: tuple[int, ...]
-    ) -> Job:
-        settings = self.settings
-        control = Control.create(
-            epoch=self.epoch,
-            world_size=self.world_size,
-            buckets=len(layout.buckets),
-            pieces=len(layout.pieces),
-        )
-        store = Store(
-            layout, self._resolve_rule(rule), group_of, hypers, pool=self._pool, control=control
-        )
-        policy = Policy(
-            mode=Mode(settings.mode),
-            staleness=settings.staleness,
-            quorum=settings.quorum,
-            staleness_policy=StalenessPolicy(settings.staleness_policy),
-            alpha=settings.staleness_alpha,
-            dc_lambda=settings.dc_lambda,
-        )
-        log.info(
-            "%d parameters in %d buckets, rule %s, mode %s",
-            *(len(layout.params), len(layout.buckets), rule, settings.mode),
-        )
-        return Job(layout, rule, Engine(store, control, policy), control, group_of)
-
-    def _check_same(
-        self, peer: Peer, message: m.Declare, layout: Layout, group_of: tuple[int, ...]
-    ) -> None:
-        job = self._job
-        assert job is not None
-        who = f"rank {peer.rank}"
-        if layout.hash != job.layout.hash:
-            raise Refused("layout", layout.explain_mismatch(job.layout, who, "rank 0"))
-        if message.layout_hash != layout.hash:
-            raise ProtocolError("the layout does not match its hash")
-        if message.rule != job.rule:
-            raise Refused("rule", f"the rule is {message.rule!r} on {who} but {job.rule!r} on rank 0")
-        if group_of != job.group_of:
-            raise Refused("groups", f"{who} puts its parameters in other groups than rank 0")
-
-    def _attach(self, peer: Peer, seq: int, hypers: Hypers) -> None:
-        job = self._job
-        assert job is not None
-        keeps_base = self.settings.staleness_policy == "dc"
-        nbytes = job.layout.arena_bytes * (2 if keeps_base else 1)
+    def _attach(self, job: Job, peer: Peer, seq: int, declared: Declaration) -> None:
+        nbytes = job.layout.arena_bytes * (2 if self._keeps_base else 1)
         peer.slots = Segment.create(f"slots-{peer.rank}", nbytes)
-        peer.hypers = hypers
-        peer.declared = True
-        self._members.declared(peer.rank)
+        peer.hypers = declared.hypers
+        self._roster.members.declared(peer.rank)
         job.control.mail[peer.rank] = 0  # counts the messages of this session, the next one first
         if self._replace_by.pop(peer.rank, None) is not None:
             job.engine.leave(peer.rank)  # the one before it, for whom the round was kept open
@@ -412,10 +246,10 @@ class Hub:
             m.Attach(
                 seq=seq,
                 control=_at(job.control.segment),
-                weights=_at(job.engine.store.weights),
+                weights=_at(job.store.weights),
                 slots=_at(peer.slots),
                 first_round=job.engine.join(peer.rank),
-                formed=self._formed,
+                formed=self._roster.formed,
             ),
         )
 
@@ -423,60 +257,46 @@ class Hub:
 
     def _on_push(self, peer: Peer, push: m.Push, payload: Sequence[bytes]) -> None:
         job = self._declared(peer)
-        if not self._formed:
+        if not self._roster.formed:
             raise Refused("not_formed", "a push before the initial weights were published")
+        self._check_push(job, peer, push, payload)
         rest = list(payload)
-        hypers = peer.hypers
         if push.hypers:
-            hypers = self._new_hypers(job, rest.pop(0) if rest else b"")
-        absent = frozenset[int]()
-        if push.absent:
-            absent = frozenset(np.frombuffer(rest.pop(0) if rest else b"", np.uint32).tolist())
-        if rest or len(push.buckets) != len(push.bases):
+            peer.hypers = job.new_hypers(rest.pop(0))
+        absent = np.frombuffer(rest.pop(0), np.uint32).tolist() if push.absent else ()
+        assert peer.slots is not None
+        assert peer.hypers is not None
+        pushed = Pushed(
+            rank=peer.rank,
+            session=peer.session,
+            round=push.round,
+            seq=push.seq,
+            slots=peer.slots.bytes,
+            base_offset=job.layout.arena_bytes if self._keeps_base else 0,
+            samples=push.samples,
+            grad_scale=push.grad_scale,
+            finite=push.finite,
+            hold=push.hold,
+            absent=frozenset(absent),
+            hypers=peer.hypers,
+        )
+        for bucket, base in zip(push.buckets, push.bases, strict=True):
+            job.engine.push(pushed, bucket, base)
+
+    def _check_push(self, job: Job, peer: Peer, push: m.Push, payload: Sequence[bytes]) -> None:
+        if len(payload) != push.hypers + push.absent or len(push.buckets) != len(push.bases):
             raise ProtocolError("a push whose frames do not match its header")
-        buckets = job.layout.buckets
-        for bucket in push.buckets:
-            if bucket >= len(buckets):
-                raise ProtocolError(f"no bucket {bucket}; there are {len(buckets)}")
-            if job.engine.slot_busy(peer.session, bucket):
-                raise Refused("slot_busy", f"bucket {bucket} was pushed again before it was taken")
-        if len(set(push.buckets)) != len(push.buckets):
-            raise ProtocolError("a push names a bucket twice")
+        if push.absent and len(payload[-1]) % 4:
+            raise ProtocolError("a push with half an index of an absent parameter")
         if not (0 <= push.samples < float("inf") and 0 < push.grad_scale < float("inf")):
             raise ProtocolError(f"samples={push.samples}, grad_scale={push.grad_scale}")
-        assert peer.slots is not None and hypers is not None
-        peer.hypers = hypers
-        keeps_base = self.settings.staleness_policy == "dc"
-        for bucket, base_version in zip(push.buckets, push.bases, strict=True):
-            slot = peer.slots.address + buckets[bucket].byte
-            job.engine.push(
-                Contribution(
-                    rank=peer.rank,
-                    session=peer.session,
-                    bucket=bucket,
-                    round=push.round,
-                    seq=push.seq,
-                    slots=peer.slots.bytes,
-                    slot=slot,
-                    base=slot + job.layout.arena_bytes if keeps_base else 0,
-                    samples=push.samples,
-                    grad_scale=push.grad_scale,
-                    finite=push.finite,
-                    hold=push.hold,
-                    absent=absent,
-                    hypers=hypers,
-                ),
-                base_version,
-            )
-
-    def _new_hypers(self, job: Job, data: bytes) -> Hypers:
-        groups, norm = _unpack_groups(data)
-        store = job.engine.store
-        if len(groups) != 1 + max(job.group_of, default=-1):
-            raise ProtocolError("the number of parameter groups has changed")
-        hypers = make_hypers(store.rule, groups, norm)
-        store.ensure_state(hypers)
-        return hypers
+        if len(set(push.buckets)) != len(push.buckets):
+            raise ProtocolError("a push names a bucket twice")
+        for bucket in push.buckets:
+            if bucket >= len(job.layout.buckets):
+                raise ProtocolError(f"no bucket {bucket}; there are {len(job.layout.buckets)}")
+            if job.engine.slot_busy(peer.session, bucket):
+                raise Refused("slot_busy", f"bucket {bucket} was pushed again before it was taken")
 
     def _collect(self, what: str, peer: Peer, seq: int) -> None:
         """A collective: answered to all once all have asked."""
@@ -485,27 +305,29 @@ class Hub:
 
     def _finish_collectives(self) -> None:
         for what, asked in self._collective.items():
-            forming = what == "publish" and not self._formed
-            needed = range(self.world_size) if forming else self._members.live
-            if not asked or not set(needed) <= set(asked):
+            if not asked or not set(self._roster.needed()) <= set(asked):
                 continue
             if what == "publish":
                 assert self._job is not None
-                self._job.engine.store.adopt_published()
-            if forming:
-                self._formed = True
-                log.info("all %d workers have joined", self.world_size)
-                self._on_event("formed")
+                self._job.store.adopt_published()
+                self._form()
             done = dict(asked)
             asked.clear()
             for rank, seq in done.items():
-                if rank in self._by_rank:
-                    self._reply(self._by_rank[rank], m.Ok(seq=seq))
+                peer = self._roster.of_rank(rank)
+                if peer is not None:
+                    self._reply(peer, m.Ok(seq=seq))
+
+    def _form(self) -> None:
+        if not self._roster.formed:
+            self._roster.formed = True
+            log.info("all %d workers have joined", self._roster.world_size)
+            self._on_event("formed")
 
     # --- reading and writing state ------------------------------------------------------------
 
     def _on_read(self, peer: Peer, read: m.Read) -> None:
-        store = self._declared(peer).engine.store
+        store = self._declared(peer).store
         if read.what == "state":
             data = store.read_state(read.field, read.index)
         elif read.what == "weights":
@@ -517,7 +339,7 @@ class Hub:
         self._reply(peer, m.Ok(seq=read.seq), *chunks)
 
     def _on_write(self, peer: Peer, write: m.Write, payload: Sequence[bytes]) -> None:
-        store = self._declared(peer).engine.store
+        store = self._declared(peer).store
         data = b"".join(payload)
         if write.what == "state":
             store.write_state(write.field, write.index, data)
@@ -527,55 +349,56 @@ class Hub:
 
     def stats(self) -> dict[str, Any]:
         """What a person would ask a hub: who is here, how far, what was dropped."""
-        job = self._job
+        roster, job = self._roster, self._job
         return {
-            "epoch": self.epoch,
-            "world_size": self.world_size,
-            "formed": self._formed,
-            "live": list(self._members.live),
-            "missing": [] if self._formed else list(self._members.missing()),
+            "epoch": roster.epoch,
+            "world_size": roster.world_size,
+            "formed": roster.formed,
+            "live": list(roster.members.live),
+            "missing": [] if roster.formed else self._missing(),
             "waiting_for": list(job.engine.waiting_for()) if job else [],
             "versions": sum(job.engine.rounds.versions) if job else 0,
             "counters": dict(job.engine.counters) if job else {},
         }
+
+    def _missing(self) -> list[int]:
+        """The ranks that formation waits for."""
+        asked = self._collective["publish"]
+        return [rank for rank in range(self._roster.world_size) if rank not in asked]
 
     # --- leaving ------------------------------------------------------------------------------
 
     def _on_bye(self, peer: Peer, bye: m.Bye) -> None:
         self._reply(peer, m.Ok(seq=bye.seq))
         log.info("rank %d has finished", peer.rank)
-        self._members.bye(peer.rank)
+        self._roster.members.bye(peer.rank)
         self._forget(peer)
 
-    def _lose(self, peer: Peer, why: str) -> None:
+    def _lose(self, peer: Peer) -> None:
         """A worker died: decide by policy who goes on."""
-        if self._by_rank.get(peer.rank) is not peer:
+        if not self._roster.holds(peer):
             return
-        log.warning("rank %d is lost: %s", peer.rank, why)
-        members = self._members
+        log.warning("rank %d is lost: its process %d has ended", peer.rank, peer.pid)
+        members, formed = self._roster.members, self._roster.formed
         verdict = members.die(peer.rank)
-        self._forget(peer, keep_waiting=verdict is Verdict.WAIT and self._formed)
+        self._forget(peer, keep_waiting=formed and verdict is Verdict.WAIT)
         if verdict is Verdict.ABORT:
-            self.stop(f"rank {peer.rank} is lost ({why}): {members.why}")
+            self.stop(f"rank {peer.rank} (process {peer.pid}) has died: {members.why}")
 
     def _forget(self, peer: Peer, *, keep_waiting: bool = False) -> None:
         self._poller.unregister(peer.pidfd)
         del self._watches[peer.pidfd]
-        os.close(peer.pidfd)
         self._router.forget(peer.route)
-        del self._peers[peer.route], self._by_rank[peer.rank]
+        self._roster.remove(peer)
         for asked in self._collective.values():
             asked.pop(peer.rank, None)
-        if self._job is not None and peer.declared:
-            if keep_waiting:
-                self._replace_by[peer.rank] = time.monotonic() + self.settings.timeout_s
-            else:
-                self._job.engine.leave(peer.rank)
-                self._flush()
-        if peer.slots is not None:
-            peer.slots.close()
-        self._awaiting_rank0 = [waiting for waiting in self._awaiting_rank0 if waiting[0] is not peer]
-        if not self._peers and not self._replace_by:
+        self._awaiting_rank0 = [entry for entry in self._awaiting_rank0 if entry[0] is not peer]
+        if keep_waiting:
+            self._replace_by[peer.rank] = time.monotonic() + self.settings.timeout_s
+        elif self._job is not None and peer.declared:
+            self._job.engine.leave(peer.rank)
+            self._flush()
+        if not len(self._roster) and not self._replace_by:
             self._end_job()
         else:
             self._finish_collectives()
@@ -583,10 +406,10 @@ class Hub:
     def _end_job(self) -> None:
         """Everyone has left: be ready for the next job."""
         log.info("every worker has left")
+        formed = self._roster.formed
         if self._job is not None:
             self._job.close()
-        formed = self._formed
-        self._reset(self.settings.world_size or 1)
+        self._begin()
         if formed:
             self._on_event("finished")
 
@@ -601,9 +424,6 @@ class Hub:
         peer.last_reply = [m.encode(message), *payload]
         self._deliver(peer, peer.last_reply)
 
-    def _send(self, peer: Peer, message: m.Message) -> None:
-        self._deliver(peer, [m.encode(message)])
-
     def _deliver(self, peer: Peer, frames: list[Frame]) -> None:
         if not self._router.send(peer.route, frames):
             log.warning("rank %d does not take its messages", peer.rank)
@@ -611,17 +431,19 @@ class Hub:
             self._job.control.mail[peer.rank] += 1
             native.post_signal(self._job.control.signal_address)
 
-    def _refuse(self, route: bytes, seq: int | None, code: str, text: str) -> None:
-        refusal = m.Refuse(seq=seq, code=code, text=text[:2900])
-        peer = self._peers.get(route)
+    def _refuse(self, route: bytes, code: str, text: str) -> None:
+        refusal: list[Frame] = [
+            m.encode(m.Refuse(seq=self._asked, code=code, text=text[:_MAX_TEXT]))
+        ]
+        peer = self._roster.of_route(route)
         if peer is not None:
-            self._send(peer, refusal)
+            self._deliver(peer, refusal)
         else:
-            self._router.send(route, [m.encode(refusal)])
+            self._router.send(route, refusal)
 
 
-def _code(error: ZpsError) -> str:
-    return "out_of_memory" if isinstance(error, OutOfMemory) else type(error).__name__
+def _has_ended(peer: Peer) -> bool:
+    return bool(select.select([peer.pidfd], [], [], 0)[0])
 
 
 def _only(payload: Sequence[bytes]) -> bytes:
@@ -633,13 +455,3 @@ def _only(payload: Sequence[bytes]) -> bytes:
 def _at(segment: Segment) -> m.SegmentAt:
     ref = segment.ref
     return m.SegmentAt(pid=ref.pid, fd=ref.fd, nbytes=ref.nbytes)
-
-
-def _unpack_groups(data: bytes) -> tuple[list[dict[str, Any]], object]:
-    fields = m.unpack(data)
-    if not isinstance(fields, dict) or set(fields) != {"groups", "max_grad_norm"}:
-        raise ProtocolError("hyperparameters are a map of groups and max_grad_norm")
-    groups = fields["groups"]
-    if not isinstance(groups, list) or not all(isinstance(g, Mapping) for g in groups):
-        raise ProtocolError("parameter groups are a list of maps")
-    return [dict(group) for group in groups], fields["max_grad_norm"]

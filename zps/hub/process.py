@@ -1,8 +1,9 @@
-"""A hub as a process of its own: how it starts, tells that it is ready, and never outlives its parent."""
+"""A hub as a process: how it starts, says that it is ready, and never outlives its parent."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import ipaddress
 import json
@@ -246,17 +247,13 @@ def _main() -> None:
     os.set_inheritable(args.status_fd, False)
 
     def tell(event: str, **facts: Any) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # the parent has ended, and so shall we
             os.write(args.status_fd, json.dumps({"event": event, **facts}).encode() + b"\n")
-        except BrokenPipeError:
-            pass  # the parent has ended, and so shall we
 
     try:
         settings = Settings.load()
         configure_logging(settings)
-        run(
-            settings, bind=args.bind, token=args.token, parent_pid=args.parent, on_event=tell
-        )
+        run(settings, bind=args.bind, token=args.token, parent_pid=args.parent, on_event=tell)
     except ZpsError as error:
         tell("failed", text=str(error))
         raise SystemExit(f"zps hub: {error}") from None

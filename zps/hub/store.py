@@ -1,7 +1,8 @@
-"""What a hub owns of the model: weights, optimizer state, and the one native call that updates them."""
+"""What a hub owns of the model, weights and optimizer state, and the call that updates them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from zps import native
 from zps.core.layout import Layout
-from zps.errors import ConfigError, ProtocolError
+from zps.errors import ProtocolError
 from zps.memory.cast import from_float32, to_float32
 from zps.memory.control import Control
 from zps.memory.segment import Segment, ensure_available, private_floats
@@ -44,17 +45,15 @@ class Hypers:
 
 
 @dataclass(frozen=True, slots=True)
-class Contribution:
-    """One worker's gradient for one bucket, lying in its slot."""
+class Pushed:
+    """What one worker pushed at once: the gradients of some buckets, lying in its slots."""
 
     rank: int
     session: int
-    bucket: int
     round: int
     seq: int
-    slots: NDArray[np.uint8]  # all slots of its worker; holding them outlives the worker
-    slot: int  # address of the bucket in them
-    base: int  # address of the weights it was computed on, 0 when they are not kept
+    slots: NDArray[np.uint8]  # holding them outlives the worker
+    base_offset: int  # bytes from a slot to the weights it was computed on; 0: they are not kept
     samples: float
     grad_scale: float
     finite: bool
@@ -65,11 +64,11 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """A bucket and what is to be applied to it."""
+    """A bucket and the contributions to be applied to it, in rank order."""
 
     bucket: int
     round: int
-    contributions: tuple[Contribution, ...]
+    contributions: tuple[Pushed, ...]
     lr_factor: float = 1.0
     dc_lambda: float = 0.0
 
@@ -150,7 +149,7 @@ class Store:
     def norm(self, updates: Sequence[Update]) -> float:
         """The global L2 norm of the averaged gradient of a whole round."""
         jobs = [p[0] for p in (self._load(update, 1.0) for update in updates) if p is not None]
-        return float(native.norm_sq(self._pool, jobs)) ** 0.5
+        return math.sqrt(native.norm_sq(self._pool, jobs))
 
     def _load(
         self, update: Update, coef: float
@@ -166,7 +165,8 @@ class Store:
             present[:] = [param not in absent for param in bucket.params]
         first = counted[0]
         job = bucket.job
-        job.slots = [c.slot for c in counted]
+        offset = self.layout.buckets[update.bucket].byte
+        job.slots = [c.slots.ctypes.data + offset for c in counted]
         job.scales = [c.samples / c.grad_scale for c in counted]
         job.divisor = sum(c.samples for c in counted)
         if all(c.samples == first.samples for c in counted):  # an even mean needs no multiplication
@@ -177,7 +177,7 @@ class Store:
         job.coef = coef
         job.lr_factor = update.lr_factor
         job.dc_lambda = update.dc_lambda
-        job.base_ptr = first.base if update.dc_lambda else 0
+        job.base_ptr = job.slots[0] + first.base_offset if update.dc_lambda else 0
         return job, (bucket, present)
 
     def _apply_foreign(
@@ -269,7 +269,7 @@ class Store:
         return [name for name in self.rule.states if name in used]
 
     def _make_masters(self) -> Floats | None:
-        """fp32 masters, flat; float32 buckets are their own masters and leave their part untouched."""
+        """fp32 masters, flat; a float32 bucket is its own master and leaves its part untouched."""
         if all(bucket.dtype == "float32" for bucket in self.layout.buckets):
             return None
         return private_floats(self.layout.flat_elements, "fp32 master weights")
@@ -290,7 +290,9 @@ class Store:
         spec = self.layout.params[param]
         if spec.dtype == "float32":
             byte = self.layout.param_byte(param)
-            return self.weights.bytes[byte : byte + spec.nbytes].view(np.float32).reshape(spec.shape)
+            return (
+                self.weights.bytes[byte : byte + spec.nbytes].view(np.float32).reshape(spec.shape)
+            )
         assert self._masters is not None
         return self._of_param(self._masters, param)
 
@@ -356,10 +358,9 @@ class Store:
         return self._foreign
 
 
-def make_hypers(rule: Rule | None, groups: Sequence[Mapping[str, Any]], norm: object) -> Hypers:
+def make_hypers(
+    rule: Rule | None, groups: Sequence[dict[str, Any]], max_grad_norm: float | None
+) -> Hypers:
     """Check and pack what a worker sent. Raises ConfigError naming group and field."""
-    if norm is not None and not (isinstance(norm, int | float) and norm > 0):
-        raise ConfigError(f"max_grad_norm must be a positive number or None, not {norm!r}")
-    plain = tuple(dict(group) for group in groups)
-    packed = rule.pack(list(plain)) if rule is not None else np.empty((len(plain), 0))
-    return Hypers(plain, packed, None if norm is None else float(norm))
+    packed = rule.pack(groups) if rule is not None else np.empty((len(groups), 0))
+    return Hypers(tuple(groups), packed, max_grad_norm)

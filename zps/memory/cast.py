@@ -1,4 +1,4 @@
-"""Between float32 and the dtypes that parameters are published in, for the paths that are not hot."""
+"""Between float32 and the dtypes that parameters are published in, where it is not hot."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def done_word(seq: int, outcome: Outcome) -> int:
 
 
 def done_target(seqs: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The least recorded words that say pushes `seqs` have been consumed, whatever their outcome."""
+    """The least words that say pushes `seqs` have been consumed, whatever their outcome."""
     return seqs << np.uint64(OUTCOME_BITS)
 
 

@@ -7,6 +7,7 @@ full and sealed before anybody else sees it, so neither a full memory nor a host
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -45,9 +46,9 @@ class Segment:
 
     @classmethod
     def create(cls, label: str, nbytes: int) -> Segment:
-        """Make a zeroed, fully backed, sealed segment of at least one byte.
+        """Make a zeroed, backed and sealed segment of at least one byte.
 
-        Raises OutOfMemory, before or while the pages are taken, with what was asked and what is free.
+        Raises OutOfMemory, before or while pages are taken, with what was asked and is free.
         """
         size = _rounded(max(nbytes, 1))
         ensure_available(size, label)
@@ -74,7 +75,9 @@ class Segment:
         try:
             fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         except OSError as error:
-            raise ProtocolError(f"cannot open the hub's shared memory at {path}: {error}") from error
+            raise ProtocolError(
+                f"cannot open the hub's shared memory at {path}: {error}"
+            ) from error
         try:
             size = os.fstat(fd).st_size
             if size != _rounded(max(ref.nbytes, 1)):
@@ -103,10 +106,8 @@ class Segment:
             os.close(self._fd)
             self._fd = -1
         self.bytes = np.empty(0, np.uint8)
-        try:
+        with contextlib.suppress(BufferError):  # who still looks in keeps the mapping
             self.mapping.close()
-        except BufferError:
-            pass  # a tensor or an array still looks in; the mapping goes with it
 
 
 def ensure_available(nbytes: int, what: str) -> None:
@@ -121,11 +122,10 @@ def ensure_available(nbytes: int, what: str) -> None:
 
 def available_bytes() -> int | None:
     """What can still be allocated, by /proc/meminfo and by this cgroup's limit; None if unknown."""
-    limits = []
+    limits: list[int] = []
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits += [int(ln.split()[1]) * 1024 for ln in lines if ln.startswith("MemAvailable:")]
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         if limit != "max":
             used = int(Path("/sys/fs/cgroup/memory.current").read_text())
@@ -161,7 +161,5 @@ def _populate(mapping: mmap.mmap, fd: int, size: int) -> None:
 
 
 def _advise(mapping: mmap.mmap, advice: int) -> None:
-    try:
+    with contextlib.suppress(OSError):  # advice this kernel does not know
         mapping.madvise(advice)
-    except OSError:
-        pass  # advice this kernel does not know

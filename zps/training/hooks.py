@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
 from zps.errors import GradientModified, UnsupportedError
 from zps.memory.control import Outcome
+from zps.worker.gradients import check_like, encode, nonfinite
 from zps.worker.link import PushInfo
 from zps.worker.work import Work
-from zps.worker.worker import Worker, check_like, encode, nonfinite
+from zps.worker.worker import Worker
 
 Params = list[tuple[str, torch.nn.Parameter]]
 
@@ -57,7 +59,8 @@ class GradientStream:
         """Hook every parameter that requires a gradient by now; later ones join when they do."""
         for index, (_, param) in enumerate(self._params):
             if param.requires_grad and index not in self._hooked:
-                param.register_post_accumulate_grad_hook(lambda _, i=index: self._on_ready(i))
+                register: Any = param.register_post_accumulate_grad_hook  # torch has no types here
+                register(lambda _, i=index: self._on_ready(i))
                 self._hooked.add(index)
 
     @contextmanager
@@ -182,8 +185,8 @@ class GradientStream:
             name, param = self._params[index]
             if param.grad is None or param.grad._version != version:
                 raise GradientModified(
-                    f"the gradient of {name!r} on rank {self._worker.rank} was changed after it had "
-                    "left for the hub (by clipping between backward and step?). Pass max_grad_norm= "
-                    "to zps.Optimizer to clip the averaged gradient, or overlap=False to send "
-                    "gradients at the step"
+                    f"the gradient of {name!r} on rank {self._worker.rank} was changed after it "
+                    "had left for the hub (by clipping between backward and step?). Pass "
+                    "max_grad_norm= to zps.Optimizer to clip the averaged gradient, or "
+                    "overlap=False to send gradients at the step"
                 )

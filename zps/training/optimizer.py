@@ -16,8 +16,9 @@ from zps.training import state as hub_state
 from zps.training.current import current
 from zps.training.hooks import GradientStream, Params
 from zps.training.rules import RuleSpec, rule_of
+from zps.wire.hypers import pack_hypers
 from zps.worker.link import PushInfo
-from zps.worker.worker import Worker, pack_hypers
+from zps.worker.worker import Worker
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -32,12 +33,12 @@ class Optimizer(torch.optim.Optimizer):
     max_grad_norm  clip the averaged gradient by its global norm, as clip_grad_norm_ does
     worker         None: the one that `zps.init()` made
 
-    Every worker has to make it, over the same model; rank 0's weights and buffers become everyone's.
-    From then on parameters are fp32, bf16 or fp16 tensors in memory shared with the hub (bsp) or
+    Every worker has to make it, over the same model; rank 0's weights and buffers become those of
+    all. From then on parameters are fp32, bf16 or fp16 tensors in memory shared with the hub (bsp) or
     copies of it; read them freely, and after writing them call `publish()`.
 
-    Set `samples` before backward to weight this worker's gradient in the mean, as for an uneven last
-    batch: samples = len(batch).
+    Set `samples` before backward to weight this worker's gradient in the mean, as for an uneven
+    last batch: samples = len(batch).
 
     Raises LayoutMismatch, TensorMismatch, UnsupportedError, ConfigError, OutOfMemory, WaitTimeout.
     """
@@ -78,7 +79,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # --- the loop -----------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Send what has not left, and return when the model holds the new weights.
 
         Raises GradientModified, WeightsModified, NonFiniteGradient, WaitTimeout, HubLost.
@@ -89,8 +90,9 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_weights()
         self._stream.hook_all()
-        scaled = hasattr(self, "found_inf")
-        finite = not (scaled and bool(self.found_inf))
+        found_inf: torch.Tensor | None = getattr(self, "found_inf", None)  # set by a GradScaler
+        scaled = found_inf is not None
+        finite = not (scaled and bool(found_inf))
         outcomes = self._stream.finish(in_place_ok=scaled, finite=finite)
         skipped = Outcome.SKIPPED in outcomes
         if self._apply == "worker":
@@ -119,7 +121,7 @@ class Optimizer(torch.optim.Optimizer):
         For after `model.load_state_dict` or any other write to the weights, which only rank 0, or
         every worker alike, may have done.
         """
-        tensors = {name: param for name, param in self._params} if self._apply == "hub" else {}
+        tensors = dict(self._params) if self._apply == "hub" else {}
         self._worker.publish(tensors, self._followers)
         self._copy_followers()
         self._remember_weights()
@@ -153,7 +155,7 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             self.state = defaultdict(dict)  # the truth is in the hub
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over hyperparameters and state, also of a plain torch optimizer.
 
         Every worker has to call it, with the same contents; rank 0's go to the hub.

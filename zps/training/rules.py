@@ -36,7 +36,7 @@ class RuleSpec:
     native: bool
 
     def hypers(self, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Each group's hyperparameters in plain types. Raises ConfigError naming one that is not."""
+        """Each group's hyperparameters in plain types; ConfigError names one that is not."""
         return [self._plain(group, index) for index, group in enumerate(groups)]
 
     def states(self) -> tuple[str, ...]:
@@ -72,8 +72,8 @@ def rule_of(optimizer: torch.optim.Optimizer) -> RuleSpec:
         return RuleSpec(f"torch.optim.{kind.__name__}", native=False)
     if "<locals>" in kind.__qualname__ or kind.__module__ == "__main__":
         raise UnsupportedError(
-            f"the hub cannot import {kind.__qualname__} from {kind.__module__}: move the class to a "
-            "module and name it in ZPS_OPTIMIZERS, or use apply='worker'"
+            f"the hub cannot import {kind.__qualname__} from {kind.__module__}: move the class to "
+            "a module and name it in ZPS_OPTIMIZERS, or use apply='worker'"
         )
     return RuleSpec(f"{kind.__module__}.{kind.__qualname__}", native=False)
 

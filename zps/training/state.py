@@ -20,7 +20,9 @@ _ALWAYS = frozenset({"adagrad"})  # torch makes its state before the first step
 State = dict[str, Any]
 
 
-def fetch(worker: Worker, spec: RuleSpec, shapes: list[torch.Size], used: list[set[str]]) -> list[State]:
+def fetch(
+    worker: Worker, spec: RuleSpec, shapes: list[torch.Size], used: list[set[str]]
+) -> list[State]:
     """Each parameter's state as torch would hold it, fp32.
 
     used  the states that exist under the options of each parameter's group

@@ -32,10 +32,9 @@ class TorchRule:
     ):
         self._params = [torch.nn.Parameter(torch.from_numpy(master)) for master in masters]
         self._gradients = [torch.from_numpy(gradient) for gradient in gradients]
-        members = [
-            {**_as_given(group), "params": [p for p, g in zip(self._params, group_of) if g == index]}
-            for index, group in enumerate(groups)
-        ]
+        members = [_as_given(group) | {"params": []} for group in groups]
+        for param, group in zip(self._params, group_of, strict=True):
+            members[group]["params"].append(param)
         defaults = {name: value for name, value in _as_given(groups[0]).items() if name == "lr"}
         try:
             self._optimizer = cls(members, **defaults)
@@ -43,7 +42,7 @@ class TorchRule:
             raise ConfigError(f"{cls.__name__} does not take these options: {error}") from error
 
     def step(self, present: Sequence[int], groups: Sequence[Mapping[str, Any]]) -> None:
-        """Update the parameters in `present`, whose gradients lie in the arrays given at the start."""
+        """Update the parameters in `present`; the gradients lie in the arrays of the start."""
         for group, new in zip(self._optimizer.param_groups, groups, strict=True):
             group.update(_as_given(new))
         for index in present:

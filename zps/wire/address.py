@@ -7,6 +7,7 @@ holds belongs to nobody.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import secrets
@@ -70,7 +71,9 @@ class IpcHome:
                 (path / _SOCKET).unlink(missing_ok=True)
                 return cls(path, lock_fd)
             if token is not None:
-                raise HubError(f"another hub already serves {path}; end it, or use another job name")
+                raise HubError(
+                    f"another hub already serves {path}; end it, or use another job name"
+                )
         raise HubError(f"cannot take a directory for the hub's socket in {runtime_dir}")
 
     def release(self) -> None:
@@ -133,7 +136,5 @@ def _lock(home: Path, *, create: bool = True) -> int | None:
 def _remove(home: Path) -> None:
     for name in (_SOCKET, _LOCK):
         (home / name).unlink(missing_ok=True)
-    try:
+    with contextlib.suppress(OSError):  # somebody keeps a file of their own there
         home.rmdir()
-    except OSError:
-        pass  # somebody keeps a file of their own there

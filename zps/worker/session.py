@@ -1,4 +1,4 @@
-"""One life of one worker at one hub: the handshake, requests and their answers, and who is alive."""
+"""One life of one worker at one hub: handshake, requests and their answers, who is alive."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from zps.errors import (
     WaitTimeout,
     ZpsError,
 )
-from zps.wire.messages import SHARED_SETTINGS
 from zps.wire import messages as m
 from zps.wire.address import home_of, parse, sweep_home
+from zps.wire.messages import SHARED_SETTINGS
 from zps.wire.sockets import Dealer, host_id
 
 _MAX_FRAME_BYTES = 1 << 40  # a worker trusts the size of what its own hub sends
@@ -137,9 +137,8 @@ class Session:
                 if frames is None:
                     self.check_alive()
                     if time.monotonic() >= deadline:
-                        raise WaitTimeout(
-                            f"no answer to {message.tag!r} in {timeout_s:g} s{self.who_is_missing()}"
-                        )
+                        text = f"no answer to {message.tag!r} in {timeout_s:g} s"
+                        raise WaitTimeout(text + self.who_is_missing())
                     continue
                 answer = self._judge(frames)
                 if getattr(answer, "seq", None) == message.seq:

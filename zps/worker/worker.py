@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,23 +13,24 @@ from zps import native
 from zps.config import Settings
 from zps.core.layout import Layout, Param
 from zps.errors import (
-    Closed,
     ConfigError,
     HubUnreachable,
     LayoutError,
-    NonFiniteGradient,
     NotDeclared,
-    TensorMismatch,
     UnknownName,
     ZpsError,
 )
 from zps.wire import messages as m
+from zps.wire.hypers import pack_hypers
+from zps.worker.gradients import check_like, dtype_id, dtype_name, encode, nonfinite
 from zps.worker.link import PushInfo
 from zps.worker.session import Session
 from zps.worker.shm_link import ShmLink
 from zps.worker.work import Work
 
 What = str | Sequence[str] | Mapping[str, torch.Tensor]
+Readable = Literal["state", "weights", "foreign"]
+Writable = Literal["state", "foreign"]
 
 
 class Worker:
@@ -67,14 +68,14 @@ class Worker:
         rank = settings.rank if rank is None else rank
         world_size = settings.world_size if world_size is None else world_size
         self._session = Session(addresses[0], settings, rank, world_size)
-        self.settings = settings.replace(**self._agreed(settings))
+        self.settings = settings.replace(**self._agreed())
         self.rank = self._session.rank
         self.world_size = self._session.world_size
         self._link: ShmLink | None = None
         self._layout: Layout | None = None
 
-    def _agreed(self, settings: Settings) -> dict[str, Any]:
-        """The hub's values of the shared settings, and what follows from them for this worker."""
+    def _agreed(self) -> dict[str, Any]:
+        """The hub's values of the shared settings."""
         welcome = self._session.welcome
         return {k: v for k, v in welcome.settings.items() if v is not None and k != "world_size"}
 
@@ -94,7 +95,7 @@ class Worker:
         """Agree with all workers on what is exchanged; rank 0's values are everyone's first.
 
         tensors  name -> tensor of float32, bfloat16 or float16; only rank 0's values matter
-        rule     what the hub does with the gradients of a round. `sum` and `mean`: the value becomes
+        rule     what the hub does with the gradients of a round. `sum`, `mean`: the value becomes
                  their (weighted) sum or mean; `assign`: the lowest rank's; `add`: the sum is added
                  to it; sgd, adam, adamw, adagrad, rmsprop, lion; or the import path of a class that
                  the hub may run
@@ -119,9 +120,7 @@ class Worker:
         wired = [{**g, "params": _indices(g.get("params", ()), layout)} for g in groups]
         data = pack_hypers(wired, max_grad_norm)
         with self._session.sequenced() as seq:
-            declare = m.Declare(
-                **self._header(seq), layout_hash=layout.hash, rule=rule
-            )
+            declare = m.Declare(**self._header(seq), layout_hash=layout.hash, rule=rule)
             answer, _ = self._session.request(declare, m.pack(layout.to_wire()), data)
         assert isinstance(answer, m.Attach)
         self._session.received = 1
@@ -147,7 +146,9 @@ class Worker:
         """
         link, layout = self._declared()
         if self.rank == 0:
-            values = dict(zip(layout.index, self._weights, strict=True)) if tensors is None else tensors
+            values = (
+                dict(zip(layout.index, self._weights, strict=True)) if tensors is None else tensors
+            )
             for name, value in values.items():
                 arena = self._view(link.weights.bytes, layout.index[name])
                 if arena.data_ptr() != value.data_ptr():
@@ -187,7 +188,7 @@ class Worker:
         The k-th push of a name belongs to round k. With tensors that were fused, push them
         together. Raises UnknownName, TensorMismatch, NonFiniteGradient (nothing has left then).
         """
-        link, layout = self._declared()
+        layout = self.layout
         names = [what] if isinstance(what, str) else list(what)
         indices = [self._index(name) for name in names]
         buckets = sorted({layout.pieces[p].bucket for i in indices for p in layout.pieces_of(i)})
@@ -198,7 +199,7 @@ class Worker:
         return self.push_buckets(buckets, PushInfo(samples=samples, finite=finite))
 
     def pull(self, names: str | Iterable[str] | None = None) -> Work:
-        """Bring `weights` up to date; the work is done when this returns, `wait` is for symmetry."""
+        """Bring `weights` up to date. Done when this returns; `wait` is there for symmetry."""
         link, layout = self._declared()
         wanted = layout.index if names is None else [names] if isinstance(names, str) else names
         indices = [self._index(name) for name in wanted]
@@ -222,7 +223,9 @@ class Worker:
 
         return work.then(bring)
 
-    def push_buckets(self, buckets: Sequence[int], info: PushInfo, round_: int | None = None) -> Work:
+    def push_buckets(
+        self, buckets: Sequence[int], info: PushInfo, round_: int | None = None
+    ) -> Work:
         """Push whole buckets that already lie in the slots; `round_` None: the next of each."""
         link, _ = self._declared()
         chosen = np.array(buckets, np.uint32)
@@ -275,14 +278,14 @@ class Worker:
         facts: dict[str, Any] = m.unpack(payload[0])
         return facts
 
-    def read(self, what: str, index: int, field: str = "") -> bytes:
+    def read(self, what: Readable, index: int, field: str = "") -> bytes:
         """Bytes of optimizer state that live in the hub: see the READ message."""
         with self._session.sequenced() as seq:
             read = m.Read(**self._header(seq), what=what, field=field, index=index)
             _, payload = self._session.request(read)
         return b"".join(payload)
 
-    def write(self, what: str, index: int, data: bytes, field: str = "") -> None:
+    def write(self, what: Writable, index: int, data: bytes, field: str = "") -> None:
         """Replace what `read` returns."""
         step = self.settings.bucket_bytes
         chunks = [data[at : at + step] for at in range(0, len(data), step)]
@@ -387,55 +390,8 @@ class Worker:
         return not bad or self.settings.nonfinite == "allow"
 
 
-def encode(gradient: torch.Tensor, slot: torch.Tensor) -> bool:
-    """Copy a gradient into its slot in one pass; whether all of it is finite."""
-    if slot.numel() == 0:
-        return True
-    source = gradient.detach().contiguous()
-    _, finite = native.encode(source.data_ptr(), slot.data_ptr(), slot.numel(), dtype_id(slot))
-    return finite
-
-
-def check_like(name: str, slot: torch.Tensor, tensor: torch.Tensor, rank: int) -> None:
-    """Raise TensorMismatch unless `tensor` can be the gradient of what was declared as `name`."""
-    if tensor.shape != slot.shape or tensor.dtype != slot.dtype or tensor.layout != torch.strided:
-        raise TensorMismatch(
-            f"the gradient of {name!r} on rank {rank} is {_describe(tensor)}, "
-            f"but {_describe(slot)} was declared"
-        )
-
-
-def nonfinite(name: str, rank: int) -> NonFiniteGradient:
-    """The error for a gradient with NaN or infinity."""
-    return NonFiniteGradient(
-        f"the gradient of {name!r} on rank {rank} holds NaN or infinity and was not sent. Lower the "
-        "learning rate or clip, or set ZPS_NONFINITE=skip to skip such rounds on every worker"
-    )
-
-
-def pack_hypers(groups: Sequence[Mapping[str, Any]], max_grad_norm: float | None) -> bytes:
-    """Hyperparameters as they travel."""
-    try:
-        return m.pack({"groups": [dict(g) for g in groups], "max_grad_norm": max_grad_norm})
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"a hyperparameter cannot be sent to the hub: {error}") from None
-
-
-def dtype_id(tensor: torch.Tensor) -> int:
-    return native.DTYPE[_dtype_name(tensor)]
-
-
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    sparse = "" if tensor.layout == torch.strided else f" ({tensor.layout})"
-    return f"{_dtype_name(tensor)} {tuple(tensor.shape)}{sparse}"
-
-
 def _params(tensors: Mapping[str, torch.Tensor]) -> list[Param]:
-    return [Param(name, tuple(t.shape), _dtype_name(t)) for name, t in tensors.items()]
+    return [Param(name, tuple(t.shape), dtype_name(t)) for name, t in tensors.items()]
 
 
 def _indices(names: Iterable[str], layout: Layout) -> list[int]:
@@ -452,6 +408,3 @@ def _tensor(arena: NDArray[np.uint8], byte: int, param: Param) -> torch.Tensor:
         return torch.empty(param.shape, dtype=dtype)
     flat = torch.frombuffer(arena[byte : byte + param.nbytes], dtype=dtype)
     return flat.reshape(param.shape)
-
-
-__all__ = ["Closed", "Work", "Worker"]

@@ -1,0 +1,164 @@
+"""What a hub knows of the job it serves and of each worker in it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from zps import native
+from zps.config import Settings
+from zps.core.layout import Layout
+from zps.core.rounds import Mode
+from zps.core.staleness import StalenessPolicy
+from zps.errors import ProtocolError
+from zps.hub.engine import Engine, Policy
+from zps.hub.store import ForeignFactory, Hypers, Store, make_hypers
+from zps.memory.control import Control
+from zps.memory.segment import Segment
+from zps.optim.base import Rule
+from zps.wire.hypers import take_members, unpack_hypers
+from zps.wire.sockets import Frame
+
+log = logging.getLogger("zps.hub")
+
+ResolveRule = Callable[[str], Rule | ForeignFactory]
+
+
+class Refused(Exception):
+    """A request that is answered with a refusal and changes nothing; `code` is for programs."""
+
+    def __init__(self, code: str, text: str):
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(slots=True)
+class Peer:
+    """One session: one life of one worker."""
+
+    route: bytes
+    session: int
+    rank: int
+    pid: int
+    pidfd: int
+    slots: Segment | None = None
+    hypers: Hypers | None = None
+    last_seq: int = 0
+    last_reply: list[Frame] = field(default_factory=list)
+
+    @property
+    def declared(self) -> bool:
+        return self.slots is not None
+
+    def close(self) -> None:
+        os.close(self.pidfd)
+        if self.slots is not None:
+            self.slots.close()  # what was pushed and not yet applied keeps its memory
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """What a worker says it will exchange."""
+
+    layout: Layout
+    rule: str
+    hypers: Hypers
+    group_of: tuple[int, ...]
+
+    @classmethod
+    def read(
+        cls, rule: str, layout_data: object, hypers_data: bytes, resolve: ResolveRule
+    ) -> Declaration:
+        """Raises ProtocolError or ConfigError for one that cannot be served."""
+        layout = Layout.from_wire(layout_data)
+        groups, norm = unpack_hypers(hypers_data)
+        group_of = take_members(groups, len(layout.params))
+        return cls(layout, rule, make_hypers(_native(resolve(rule)), groups, norm), group_of)
+
+
+@dataclass(slots=True)
+class Job:
+    """What exists from rank 0's declaration until the last worker has left."""
+
+    declared: Declaration
+    engine: Engine
+    control: Control
+
+    @classmethod
+    def open(
+        cls,
+        declared: Declaration,
+        settings: Settings,
+        *,
+        epoch: int,
+        world_size: int,
+        pool: native.Pool,
+        resolve: ResolveRule,
+    ) -> Job:
+        """Allocate everything the job needs. Raises OutOfMemory, ConfigError."""
+        layout = declared.layout
+        control = Control.create(
+            epoch=epoch,
+            world_size=world_size,
+            buckets=len(layout.buckets),
+            pieces=len(layout.pieces),
+        )
+        store = Store(
+            layout,
+            resolve(declared.rule),
+            declared.group_of,
+            declared.hypers,
+            pool=pool,
+            control=control,
+        )
+        policy = Policy(
+            mode=Mode(settings.mode),
+            staleness=settings.staleness,
+            quorum=settings.quorum,
+            staleness_policy=StalenessPolicy(settings.staleness_policy),
+            alpha=settings.staleness_alpha,
+            dc_lambda=settings.dc_lambda,
+        )
+        log.info(
+            "%d parameters in %d buckets, rule %s, mode %s",
+            *(len(layout.params), len(layout.buckets), declared.rule, settings.mode),
+        )
+        return cls(declared, Engine(store, control, policy), control)
+
+    @property
+    def layout(self) -> Layout:
+        return self.declared.layout
+
+    @property
+    def store(self) -> Store:
+        return self.engine.store
+
+    def check_same(self, other: Declaration, who: str) -> None:
+        """Raise Refused naming the first difference from what rank 0 declared."""
+        if other.layout.hash != self.layout.hash:
+            raise Refused("layout", other.layout.explain_mismatch(self.layout, who, "rank 0"))
+        if other.rule != self.declared.rule:
+            raise Refused(
+                "rule", f"the rule is {other.rule!r} on {who}, {self.declared.rule!r} on rank 0"
+            )
+        if other.group_of != self.declared.group_of:
+            raise Refused("groups", f"{who} has its parameters in other groups than rank 0")
+
+    def new_hypers(self, data: bytes) -> Hypers:
+        """Changed hyperparameters, with the state they need. Raises ProtocolError, ConfigError."""
+        groups, norm = unpack_hypers(data)
+        if len(groups) != len(self.declared.hypers.groups):
+            raise ProtocolError("the number of parameter groups has changed")
+        hypers = make_hypers(self.store.rule, groups, norm)
+        self.store.ensure_state(hypers)
+        return hypers
+
+    def close(self) -> None:
+        self.store.close()
+        self.control.segment.close()
+
+
+def _native(rule: Rule | ForeignFactory) -> Rule | None:
+    return rule if isinstance(rule, Rule) else None

@@ -1,0 +1,127 @@
+"""Who is here: the handshake, and the sessions of one job in one life of the hub."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+
+from zps.config import Settings
+from zps.core.membership import Admitted, Membership
+from zps.hub.job import Peer, Refused
+from zps.wire import messages as m
+from zps.wire.sockets import host_id
+
+
+class Roster:
+    """Peers by route and by rank. Its epoch names this life: messages of others are refused."""
+
+    def __init__(self, settings: Settings, world_size: int | None = None):
+        self.settings = settings
+        self.epoch = secrets.randbits(62)
+        self.world_size = world_size or settings.world_size or 1
+        self.formed = False
+        self._world_is_known = bool(world_size or settings.world_size)
+        self._by_route: dict[bytes, Peer] = {}
+        self._by_rank: dict[int, Peer] = {}
+        self.members = Membership(
+            self.world_size,
+            min_workers=min(settings.min_workers, self.world_size),
+            on_death=settings.on_death,
+        )
+
+    def __iter__(self) -> Iterator[Peer]:
+        return iter(list(self._by_route.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_route)
+
+    def holds(self, peer: Peer) -> bool:
+        """Whether `peer` is the present holder of its rank."""
+        return self._by_rank.get(peer.rank) is peer
+
+    def of_rank(self, rank: int) -> Peer | None:
+        return self._by_rank.get(rank)
+
+    def of_route(self, route: bytes) -> Peer | None:
+        return self._by_route.get(route)
+
+    def sender(self, route: bytes, message: m.Sessioned) -> Peer:
+        """Whose message this is; raises Refused for strangers and for earlier lives."""
+        peer = self._by_route.get(route)
+        if peer is None:
+            raise Refused("no_session", "this hub does not know you: say hello first, or rejoin")
+        if message.epoch != self.epoch or message.session != peer.session:
+            raise Refused("old_session", "the message belongs to an earlier life; rejoin")
+        return peer
+
+    def check(self, hello: m.Hello) -> None:
+        """Raise Refused unless this worker can work with this hub, whatever its rank."""
+        if hello.protocol != m.PROTOCOL:
+            raise Refused(
+                "protocol",
+                f"the hub speaks protocol {m.PROTOCOL}, the worker {hello.protocol}; "
+                "install the same version of zps on both sides",
+            )
+        if hello.job != self.settings.job:
+            raise Refused("job", f"this hub serves job {self.settings.job!r}, not {hello.job!r}")
+        if hello.host != host_id():
+            raise Refused(
+                "other_host",
+                "the worker does not share the hub's host and PID namespace, "
+                "and this version exchanges gradients through shared memory only",
+            )
+        ours = {name: getattr(self.settings, name) for name in m.SHARED_SETTINGS}
+        ours["world_size"] = self.world_size if self._world_is_known else None
+        for name, theirs in {**hello.settings, "world_size": hello.world_size}.items():
+            if theirs is not None and ours.get(name) not in (None, theirs):
+                raise Refused(
+                    "settings",
+                    f"{name} is {theirs!r} on the worker but {ours[name]!r} on the hub; "
+                    "set it alike on both, or on the hub alone",
+                )
+
+    def admit(self, route: bytes, hello: m.Hello) -> tuple[Peer, bool]:
+        """The worker's peer, and whether it is new; a repeated hello gets the same again.
+
+        Raises Refused for a rank that is taken or out of range.
+        """
+        rank = self._free_rank() if hello.rank is None else hello.rank
+        answer = self.members.hello(rank, hello.incarnation)
+        if not isinstance(answer, Admitted):
+            raise Refused(answer.code, answer.text)
+        if answer.repeat:
+            return self._by_rank[rank], False
+        try:
+            pidfd = os.pidfd_open(hello.pid)
+        except OSError as error:
+            self.members.die(rank)
+            raise Refused("gone", f"the hub cannot watch process {hello.pid}: {error}") from error
+        peer = Peer(route, answer.session, rank, hello.pid, pidfd)
+        self._by_route[route] = self._by_rank[rank] = peer
+        self._world_is_known = True
+        return peer, True
+
+    def welcome(self, peer: Peer) -> m.Welcome:
+        return m.Welcome(
+            protocol=m.PROTOCOL,
+            epoch=self.epoch,
+            session=peer.session,
+            rank=peer.rank,
+            world_size=self.world_size,
+            pid=os.getpid(),
+            host=host_id(),
+            settings={name: getattr(self.settings, name) for name in m.SHARED_SETTINGS},
+        )
+
+    def remove(self, peer: Peer) -> None:
+        """Forget a peer that has left; its descriptors are closed."""
+        del self._by_route[peer.route], self._by_rank[peer.rank]
+        peer.close()
+
+    def needed(self) -> tuple[int, ...]:
+        """The ranks that a collective waits for: all of them until the job has formed."""
+        return self.members.live if self.formed else tuple(range(self.world_size))
+
+    def _free_rank(self) -> int:
+        return next((r for r in range(self.world_size) if r not in self._by_rank), self.world_size)
