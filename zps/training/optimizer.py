@@ -34,7 +34,7 @@ class Optimizer(torch.optim.Optimizer):
     worker         None: the one that `zps.init()` made
 
     Every worker has to make it, over the same model; rank 0's weights and buffers become those of
-    all. From then on parameters (fp32, bf16 or fp16) lie in memory shared with the hub (bsp), or are
+    all. From then on parameters (fp32, bf16 or fp16) lie in memory shared with the hub (bsp) or are
     copies of it: read them freely, and after writing them call `publish()`.
 
     Set `samples` before backward to weight this worker's gradient in the mean, as for an uneven
