@@ -12,12 +12,15 @@ import difflib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from bench.peers import team as teams_of
 from bench.peers.base import BenchError, Peer, cores
 from bench.peers.problem import Array
 from bench.peers.team import Samples, Team
@@ -43,6 +46,12 @@ class Plan:
 
 FULL = Plan(cycles=10, block_s=0.5)
 QUICK = Plan(cycles=3, block_s=0.15, most_rounds=50)
+
+
+def plan(quick: bool, cycles: int | None) -> Plan:
+    """What the command line asks for."""
+    base = QUICK if quick else FULL
+    return base if cycles is None else replace(base, cycles=cycles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +115,22 @@ def choose(names: str | None, known: Iterable[type[Peer]]) -> tuple[list[type[Pe
     return chosen, [f"{name} is left out: {reason}" for name, reason in missing.items()]
 
 
-def require_memory(peers: Iterable[type[Peer]], size: int, world: int) -> None:
-    """Raises BenchError when the participants at this size do not fit into memory together."""
-    peers = list(peers)
-    arrays = sum(peer.memory_bytes(size, world) for peer in peers) + 5 * 4 * size
-    need = arrays + len(peers) * (world + 1) * PROCESS_BYTES
+def require_memory(
+    peers: Sequence[type[Peer]], size: int, world: int, *, payload_bytes: int
+) -> None:
+    """Raises BenchError when the participants do not fit into memory together.
+
+    size           as in a `Seat`
+    payload_bytes  of one copy of all weights
+    """
+    own = 5 * payload_bytes  # the reference, and what comparing with it takes
+    need = own + sum(p.memory_bytes(size, world) + (world + 1) * PROCESS_BYTES for p in peers)
     have = available_bytes()
     if need > have:
         raise BenchError(
             f"size {human(size)} with {world} workers and {len(peers)} peers needs about "
             f"{need / 2**30:.1f} GiB, {have / 2**30:.1f} GiB are free: "
-            "choose a smaller --sizes or fewer --peers"
+            "choose a smaller size or fewer --peers"
         )
 
 
@@ -147,6 +161,20 @@ def human(size: int) -> str:
 
 
 # --- measuring -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def all_teams(
+    peers: Iterable[type[Peer]], world: int, size: int, seed: int, tick: Callable[[str], None]
+) -> Iterator[dict[str, Team]]:
+    """The teams of all participants, every process of which lives until the `with` block ends."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="bench-")))
+        teams = {}
+        for peer in peers:
+            tick(f"start {peer.name}")
+            teams[peer.name] = stack.enter_context(teams_of.team(peer, world, size, seed, folder))
+        yield teams
 
 
 def mirrored(names: Sequence[str]) -> list[str]:

@@ -7,18 +7,28 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from bench.harness import Measured, Ratio, human, ratio_of_medians
-from bench.peers.base import cores
+from bench.peers.base import BenchError, cores
+
+# The options that all comparisons share.
+Workers = Annotated[int, typer.Option("-n", "--workers", min=1, max=64)]
+Peers = Annotated[str | None, typer.Option("--peers", help="comma-separated; default: all")]
+Quick = Annotated[bool, typer.Option("--quick", help="fewer and shorter blocks")]
+Cycles = Annotated[int | None, typer.Option("--cycles", min=2, help="mirrored cycles")]
+Seed = Annotated[int, typer.Option("--seed", min=0)]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="add the JSON lines to this file")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,13 +200,26 @@ def console() -> Console:
     return shown
 
 
-def progress(console: Console) -> Progress:
-    """A bar that is drawn only when told to: a refreshing thread would disturb what is measured."""
+@contextmanager
+def complaints(console: Console, name: str) -> Iterator[None]:
+    """Tells a BenchError in one paragraph and ends the command with code 2."""
+    try:
+        yield
+    except BenchError as error:
+        console.print(f"{name}: {error}", style="red", highlight=False, markup=False)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def progress(console: Console, steps: int) -> Iterator[Callable[[str], None]]:
+    """A function that says what comes next and moves a bar, drawn on a terminal only.
+
+    It draws only when called: a thread that refreshes would disturb what is measured.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(
-        *columns,
-        console=console,
-        auto_refresh=False,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    hidden = not console.is_terminal
+    with Progress(
+        *columns, console=console, auto_refresh=False, transient=True, disable=hidden
+    ) as bar:
+        task = bar.add_task("", total=steps)
+        yield lambda text: bar.update(task, advance=1, description=text, refresh=True)

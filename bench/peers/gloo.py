@@ -31,16 +31,23 @@ class Gloo(Peer):
     def memory_bytes(cls, size: int, world: int) -> int:
         return 4 * size * world * 5  # base, gradient, weights, momentum, gloo's scratch
 
-    def setup(self, seat: Seat) -> None:
-        import torch
+    @staticmethod
+    def join(seat: Seat) -> None:
+        """Enters torch's default process group."""
         import torch.distributed as dist
 
         # The name of the host may resolve to an outside address; loopback is the fastest way here.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        self._dist = dist
         dist.init_process_group(
             "gloo", init_method=seat.address, rank=seat.rank, world_size=seat.world
         )
+
+    def setup(self, seat: Seat) -> None:
+        import torch
+        import torch.distributed as dist
+
+        self.join(seat)
+        self._dist = dist
         self._world = seat.world
         self._base = torch.from_numpy(problem.gradient(seat.rank, seat.size, seat.seed))
         self._weights = torch.from_numpy(problem.initial_weights(seat.size, seat.seed))

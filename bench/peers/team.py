@@ -217,11 +217,14 @@ class Team:
             process.join(_EXIT_S)
 
     def kill(self) -> None:
+        """Ends the workers at once; nothing is left to close then."""
         for process in self._processes:
             process.kill()
             process.join()
         for control in self._controls:
             control.close()
+        self._processes.clear()
+        self._controls.clear()
 
     def _signal(self, number: signal.Signals) -> None:
         for pid in self.pids() if self.peer.spins_when_idle else ():

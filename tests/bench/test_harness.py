@@ -66,9 +66,9 @@ def test_a_size_that_does_not_fit_is_refused_with_both_figures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(harness, "available_bytes", lambda: 8 << 30)
-    harness.require_memory(PEERS, 1_000_000, 2)
+    harness.require_memory(PEERS, 1_000_000, 2, payload_bytes=4_000_000)
     with pytest.raises(BenchError, match=r"needs about \d+\.\d GiB, 8\.0 GiB are free"):
-        harness.require_memory(PEERS, 1_000_000_000, 2)
+        harness.require_memory(PEERS, 1_000_000_000, 2, payload_bytes=4_000_000_000)
 
 
 def test_a_cycle_is_its_own_mirror_image() -> None:

@@ -1,0 +1,148 @@
+"""Participants of bench.train: the same model and loop, with three ways to share gradients.
+
+`size` of a seat is the width of the hidden layers; 4096 makes 25 million parameters.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from bench.peers import zps_round
+from bench.peers.base import Peer, Seat, Server
+from bench.peers.gloo import Gloo
+from bench.peers.problem import Array
+
+if TYPE_CHECKING:
+    import torch
+
+FEATURES = 1024
+BATCH = 16
+LR = 0.01
+MOMENTUM = 0.9
+
+
+def parameters(width: int) -> int:
+    """Parameters of the model: FEATURES - width - width - FEATURES, with biases."""
+    return (FEATURES + 1) * width + (width + 1) * width + (width + 1) * FEATURES
+
+
+class Training(Peer):
+    """One step a round: forward, backward, optimizer, on fixed random data of this rank's own."""
+
+    @classmethod
+    def memory_bytes(cls, size: int, world: int) -> int:
+        return 4 * parameters(size) * world * 5  # weights, gradient, momentum, shared copies
+
+    def setup(self, seat: Seat) -> None:
+        import torch
+
+        torch.manual_seed(seat.seed)  # every rank begins with the same weights
+        self._model: torch.nn.Module = _mlp(seat.size)
+        self._flat = list(self._model.parameters())
+        draw = torch.Generator().manual_seed(seat.seed + 1 + seat.rank)
+        self._x = torch.randn(BATCH, FEATURES, generator=draw)
+        self._y = torch.randn(BATCH, FEATURES, generator=draw)
+        self._loss = torch.nn.MSELoss()
+        self._optimizer = self.share(seat)
+
+    @abstractmethod
+    def share(self, seat: Seat) -> torch.optim.Optimizer:
+        """Connect this worker's model with the others; returns what steps it."""
+
+    def prepare(self, round_number: int) -> None:
+        """Nothing: a loop computes its gradients itself."""
+
+    def round(self) -> None:
+        self._optimizer.zero_grad()
+        self._loss(self._model(self._x), self._y).backward()
+        self._optimizer.step()
+
+    def weights(self) -> Array:
+        flat: Array = np.concatenate([p.detach().numpy().ravel() for p in self._flat])
+        return flat
+
+
+class TrainZps(Training):
+    name: ClassVar[str] = "zps"
+    about: ClassVar[str] = "zps.Optimizer, gradients leave during backward, SGD in the hub"
+
+    @classmethod
+    def available(cls) -> str | None:
+        return zps_round.Zps.available()
+
+    @classmethod
+    @contextmanager
+    def serve(cls, world: int, size: int, seed: int, folder: Path) -> Iterator[Server]:
+        with zps_round.start_hub(world) as server:
+            yield server
+
+    def share(self, seat: Seat) -> torch.optim.Optimizer:
+        import torch
+
+        import zps
+
+        zps.init(hub=seat.address, rank=seat.rank, world_size=seat.world)
+        self._shutdown = zps.shutdown
+        local = torch.optim.SGD(self._model.parameters(), lr=LR, momentum=MOMENTUM)
+        return zps.Optimizer(local, self._model)
+
+    def close(self) -> None:
+        self._shutdown()
+
+
+class TrainDdp(Training):
+    name: ClassVar[str] = "ddp"
+    about: ClassVar[str] = "DistributedDataParallel over gloo, fused torch.optim.SGD per worker"
+
+    @classmethod
+    def available(cls) -> str | None:
+        return Gloo.available()
+
+    def share(self, seat: Seat) -> torch.optim.Optimizer:
+        import torch
+
+        Gloo.join(seat)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own start-up uses what torch has deprecated
+            self._model = torch.nn.parallel.DistributedDataParallel(self._model)
+        return fused_sgd(self._model)
+
+    def close(self) -> None:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+class TrainLocal(Training):
+    name: ClassVar[str] = "local"
+    about: ClassVar[str] = "every worker for itself: no communication, other weights on each rank"
+
+    def share(self, seat: Seat) -> torch.optim.Optimizer:
+        return fused_sgd(self._model)
+
+    def close(self) -> None:
+        pass
+
+
+def fused_sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """torch's fastest SGD with momentum on a CPU."""
+    import torch
+
+    return torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, fused=True)
+
+
+def _mlp(width: int) -> torch.nn.Module:
+    from torch import nn
+
+    return nn.Sequential(
+        *(nn.Linear(FEATURES, width), nn.ReLU()),
+        *(nn.Linear(width, width), nn.ReLU()),
+        nn.Linear(width, FEATURES),
+    )
