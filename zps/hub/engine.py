@@ -74,6 +74,15 @@ class Engine:
                 for update in self._held.pop(key):
                     self.store.touch(update.bucket)  # its version was counted when it was decided
 
+    def closed_before(self, round_: int) -> bool:
+        """bsp: whether no bucket will change any more before `round_`.
+
+        Buckets that are pushed one by one promise nothing together, so none is waited for.
+        """
+        if self._policy.mode is not Mode.BSP or not self.store.layout.fuse:
+            return True
+        return self.rounds.min_round() >= round_
+
     # --- pushes -------------------------------------------------------------------------------
 
     def slot_busy(self, session: int, bucket: int) -> bool:

@@ -90,6 +90,7 @@ class Hub:
         self._job: Job | None = None
         self._collective: dict[str, dict[int, int]] = {"publish": {}, "barrier": {}}
         self._awaiting_rank0: list[tuple[Peer, m.Declare, Sequence[bytes]]] = []
+        self._entering: list[tuple[Peer, int, int]] = []  # (newcomer, its request, first round)
         self._replace_by: dict[int, float] = {}  # dead rank -> until when the others wait for it
 
     def _serve(self) -> None:
@@ -100,8 +101,11 @@ class Hub:
         self._flush()
 
     def _flush(self) -> None:
-        if self._job is not None:
-            self._job.engine.flush()
+        if self._job is None:
+            return
+        self._job.engine.flush()
+        if self._entering:
+            self._let_in(self._job)
 
     def _beat(self) -> None:
         now = time.monotonic()
@@ -241,17 +245,32 @@ class Hub:
         job.control.mail[peer.rank] = 0  # counts the messages of this session, the next one first
         if self._replace_by.pop(peer.rank, None) is not None:
             job.engine.leave(peer.rank)  # the one before it, for whom the round was kept open
-        self._reply(
-            peer,
-            m.Attach(
-                seq=seq,
-                control=_at(job.control.segment),
-                weights=_at(job.store.weights),
-                slots=_at(peer.slots),
-                first_round=job.engine.join(peer.rank),
-                formed=self._roster.formed,
-            ),
-        )
+        self._entering.append((peer, seq, job.engine.join(peer.rank)))
+        self._let_in(job)
+
+    def _let_in(self, job: Job) -> None:
+        """Answer newcomers once the rounds they are not part of have closed.
+
+        A worker that reads weights in place would otherwise compute on half a round.
+        """
+        waiting, self._entering = self._entering, []
+        for peer, seq, first_round in waiting:
+            if not self._roster.holds(peer) or peer.slots is None:
+                continue  # it died while it waited
+            if self._roster.formed and not job.engine.closed_before(first_round):
+                self._entering.append((peer, seq, first_round))
+                continue
+            self._reply(
+                peer,
+                m.Attach(
+                    seq=seq,
+                    control=_at(job.control.segment),
+                    weights=_at(job.store.weights),
+                    slots=_at(peer.slots),
+                    first_round=first_round,
+                    formed=self._roster.formed,
+                ),
+            )
 
     # --- rounds -------------------------------------------------------------------------------
 

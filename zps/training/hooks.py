@@ -86,6 +86,11 @@ class GradientStream:
         """
         if not in_place_ok:
             self._check_unmodified()
+        elif self._left:
+            raise GradientModified(
+                "a GradScaler took over in the middle of a run, when scaled gradients had already "
+                "left; use it from the first step, or overlap=False"
+            )
         rest = [i for i in range(len(self._params)) if i not in self._left]
         absent = [i for i in rest if self._params[i][1].grad is None]
         for index in rest:
@@ -117,7 +122,7 @@ class GradientStream:
         self._works: list[Work] = []
 
     def _on_ready(self, index: int) -> None:
-        if self._paused:
+        if self._paused or self._worker.closed:  # the model outlives the job
             return
         name, param = self._params[index]
         assert param.grad is not None

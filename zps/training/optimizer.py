@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,6 +91,13 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_weights()
         self._stream.hook_all()
+        if self._stream.round_is_open and self._changed_hypers() is not None:
+            self._sent = b""  # they go out with the next round
+            warnings.warn(
+                "a hyperparameter was changed between backward and step, when gradients had already "
+                "left: it takes effect one round later. Change it after step, or use overlap=False",
+                stacklevel=2,
+            )
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)  # set by a GradScaler
         scaled = found_inf is not None
         finite = not (scaled and bool(found_inf))

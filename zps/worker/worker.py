@@ -131,7 +131,8 @@ class Worker:
         self._last_seq = np.zeros(count, np.uint64)
         self._slots = [self._view(self._link.slots.bytes, i) for i in range(len(layout.params))]
         self._weights = self._make_weights()
-        if not self._link.formed:
+        self._published = self._link.formed
+        if not self._published:
             self.publish(tensors, extras)
         self.refresh()
 
@@ -145,6 +146,8 @@ class Worker:
         None: on rank 0, what its `weights` hold now.
         """
         link, layout = self._declared()
+        if self._published:
+            self.barrier()  # nobody may be reading what rank 0 is about to write
         if self.rank == 0:
             values = (
                 dict(zip(layout.index, self._weights, strict=True)) if tensors is None else tensors
@@ -156,6 +159,7 @@ class Worker:
             for name, value in (extras or {}).items():
                 self.extra(name).copy_(value.detach())
         self._collective(m.Publish)
+        self._published = True
         self.refresh()
 
     # --- exchanging ---------------------------------------------------------------------------
@@ -257,6 +261,11 @@ class Worker:
         """Whether `weights` are views of the hub's memory: see the setting `pull`."""
         s = self.settings
         return s.pull == "alias" or (s.pull == "auto" and s.mode == "bsp" and s.quorum == 1)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called here."""
+        return self._link is None and self._layout is not None
 
     @property
     def layout(self) -> Layout:
