@@ -89,6 +89,11 @@ class Control:
     def beat(self, now_ns: int) -> None:
         self.head[5] = now_ns
 
+    @property
+    def beat_s(self) -> float:
+        """When the hub's loop last turned, on the clock of time.monotonic."""
+        return int(self.head[5]) / 1e9
+
     def done_address(self, rank: int) -> int:
         """The first of the `buckets` words in which `rank` reads what became of its pushes."""
         return int(self.done[rank : rank + 1].ctypes.data)

@@ -94,8 +94,9 @@ class Optimizer(torch.optim.Optimizer):
         if self._stream.round_is_open and self._changed_hypers() is not None:
             self._sent = b""  # they go out with the next round
             warnings.warn(
-                "a hyperparameter was changed between backward and step, when gradients had already "
-                "left: it takes effect one round later. Change it after step, or use overlap=False",
+                "a hyperparameter was changed between backward and step, when gradients had "
+                "left: it takes effect one round later. Change it after step, or use "
+                "overlap=False",
                 stacklevel=2,
             )
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)  # set by a GradScaler

@@ -21,6 +21,7 @@ from zps.worker.session import Session
 _SLICE_NS = 100_000_000  # how long Ctrl-C and a dead hub may go unnoticed
 _PULL_TRIES = 1000
 _PULL_S = 5.0
+_BEAT_LATE_S = 3.0
 
 
 class ShmLink:
@@ -100,7 +101,7 @@ class ShmLink:
             if left_ns == 0:
                 raise WaitTimeout(
                     f"rank {session.rank} waited {timeout_s:g} s for bucket "
-                    f"{self._first_missing(buckets, targets)}{session.who_is_missing()}"
+                    f"{self._first_missing(buckets, targets)}{self._why()}"
                 )
 
     def done(self, buckets: NDArray[np.uint32], seqs: NDArray[np.uint64]) -> bool:
@@ -150,6 +151,13 @@ class ShmLink:
         """Where this worker keeps the weights it computes on, so that the hub sees them too."""
         size = self._layout.arena_bytes
         return self.slots.bytes[size : 2 * size] if self.slots.nbytes > size else None
+
+    def _why(self) -> str:
+        """For messages: who keeps us waiting, the hub itself or other workers."""
+        age_s = time.monotonic() - self._control.beat_s
+        if age_s > _BEAT_LATE_S:
+            return f"; the hub's loop last turned {age_s:.1f} s ago: it is stopped or overloaded"
+        return self._session.who_is_missing()
 
     def _versions(self, buckets: Sequence[int]) -> NDArray[np.uint64]:
         versions: NDArray[np.uint64] = self._control.seq[list(buckets)] >> np.uint64(1)
