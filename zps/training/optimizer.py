@@ -16,7 +16,7 @@ from zps.optim import registry
 from zps.training import state as hub_state
 from zps.training.current import current
 from zps.training.hooks import GradientStream, Params
-from zps.training.rules import RuleSpec, rule_of
+from zps.training.rules import RuleSpec, check_supported, rule_of
 from zps.wire.hypers import pack_hypers
 from zps.worker.link import PushInfo
 from zps.worker.worker import Worker
@@ -59,6 +59,7 @@ class Optimizer(torch.optim.Optimizer):
     ):
         if apply not in ("hub", "worker"):
             raise ConfigError(f"apply={apply!r}; it is 'hub' or 'worker'")
+        check_supported(optimizer)
         self.samples = 1.0
         self._worker = current() if worker is None else worker
         self._wrapped = optimizer

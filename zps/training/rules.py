@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,19 +21,26 @@ _NATIVE: dict[type, str] = {
     Lion: "lion",
 }
 _UNSUPPORTED = {
-    torch.optim.LBFGS: "calls the loss several times a step",
-    torch.optim.SparseAdam: "needs sparse gradients",
+    torch.optim.LBFGS: "evaluates the loss several times a step, and gradients are exchanged once",
+    torch.optim.SparseAdam: "needs sparse gradients, which this version does not exchange",
 }
+#: What torch's constructor reads from its arguments alone, whatever a parameter group says.
+_OF_CONSTRUCTOR = {torch.optim.Adagrad: ("initial_accumulator_value",)}
 #: How torch computes, not what: meaningless in the hub.
 _HOW = frozenset({"params", "foreach", "fused", "capturable", "differentiable", "initial_lr"})
 
 
 @dataclass(frozen=True, slots=True)
 class RuleSpec:
-    """A rule by the name that the hub knows it under; `native` when the hub has a kernel for it."""
+    """A rule by the name that the hub knows it under.
+
+    native  the hub has a kernel for it
+    fixed   hyperparameters that all groups share, whatever they say
+    """
 
     name: str
     native: bool
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def hypers(self, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Each group's hyperparameters in plain types; ConfigError names one that is not."""
@@ -43,6 +50,7 @@ class RuleSpec:
         return registry.rule(self.name).states if self.native else ()
 
     def _plain(self, group: Mapping[str, Any], index: int) -> dict[str, Any]:
+        group = {**group, **self.fixed}
         if self.native:
             names = registry.rule(self.name).group.model_fields
             group = {name: value for name, value in group.items() if name in names}
@@ -51,6 +59,13 @@ class RuleSpec:
             for name, value in group.items()
             if name not in _HOW
         }
+
+
+def check_supported(optimizer: torch.optim.Optimizer) -> None:
+    """Raise UnsupportedError for an optimizer that no exchange of gradients can serve."""
+    for kind, why in _UNSUPPORTED.items():
+        if isinstance(optimizer, kind):
+            raise UnsupportedError(f"{kind.__name__} {why}; use another optimizer")
 
 
 def rule_of(optimizer: torch.optim.Optimizer) -> RuleSpec:
@@ -62,12 +77,9 @@ def rule_of(optimizer: torch.optim.Optimizer) -> RuleSpec:
     for group in optimizer.param_groups:
         if group.get("differentiable"):
             raise UnsupportedError("differentiable=True: gradients do not flow through a hub")
-    if kind in _UNSUPPORTED:
-        raise UnsupportedError(
-            f"{kind.__name__} {_UNSUPPORTED[kind]}, which a hub cannot do; use apply='worker'"
-        )
     if kind in _NATIVE:
-        return RuleSpec(_NATIVE[kind], native=True)
+        fixed = {name: optimizer.defaults[name] for name in _OF_CONSTRUCTOR.get(kind, ())}
+        return RuleSpec(_NATIVE[kind], native=True, fixed=fixed)
     if getattr(torch.optim, kind.__name__, None) is kind:
         return RuleSpec(f"torch.optim.{kind.__name__}", native=False)
     if "<locals>" in kind.__qualname__ or kind.__module__ == "__main__":
