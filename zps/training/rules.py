@@ -25,7 +25,7 @@ _UNSUPPORTED = {
     torch.optim.SparseAdam: "needs sparse gradients, which this version does not exchange",
 }
 #: What torch's constructor reads from its arguments alone, whatever a parameter group says.
-_OF_CONSTRUCTOR = {torch.optim.Adagrad: ("initial_accumulator_value",)}
+_OF_CONSTRUCTOR: dict[type, tuple[str, ...]] = {torch.optim.Adagrad: ("initial_accumulator_value",)}
 #: How torch computes, not what: meaningless in the hub.
 _HOW = frozenset({"params", "foreach", "fused", "capturable", "differentiable", "initial_lr"})
 
