@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -138,10 +137,10 @@ class Crew:
         found = self._hubs.get(key)
         if found is not None and found.poll() is None:
             return found
-        log = tempfile.NamedTemporaryFile(dir=self.folder, prefix="hub-", delete=False)
         own = Settings(**{**HUB, "runtime_dir": self.folder / "run", **settings})
-        with log, _environment():
-            self._hubs[key] = HubProcess.start(own, stderr=log)
+        log = self.folder / f"hub-{len(list(self.folder.glob('hub-*')))}"
+        with log.open("wb") as file, _environment():
+            self._hubs[key] = HubProcess.start(own, stderr=file)
         return self._hubs[key]
 
     def stop(self) -> None:
@@ -179,7 +178,8 @@ class Crew:
         if self._members and all(member.process.is_alive() for member in self._members):
             return self._members
         start = multiprocessing.get_context("forkserver")
-        start.set_forkserver_preload(["torch._dynamo", "pytest", "tests.workers"])  # imported once for all
+        # Imported once for all: torch's own first optimizer step costs seconds of imports.
+        start.set_forkserver_preload(["torch._dynamo", "pytest", "tests.workers"])
         peers: list[dict[int, Connection]] = [{} for _ in range(MOST)]
         for i in range(MOST):
             for j in range(i):

@@ -211,7 +211,8 @@ def loss_of(model: torch.nn.Module, rank: int, round_: int) -> torch.Tensor:
 def train_model(ctx: Context, kind: Kind) -> Any:
     torch.manual_seed(ctx.rank)
     model = new_model()
-    opt = zps.Optimizer(kind(model.parameters(), **MODEL_OPTIMIZERS[kind]), model, worker=ctx.worker())
+    base = kind(model.parameters(), **MODEL_OPTIMIZERS[kind])
+    opt = zps.Optimizer(base, model, worker=ctx.worker())
     for round_ in range(ROUNDS):
         opt.zero_grad()
         loss_of(model, ctx.rank, round_).backward()
