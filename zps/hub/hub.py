@@ -124,8 +124,6 @@ class Hub:
             self._deliver(peer, [m.encode(m.Closing(text=text))])
             peer.close()
         if self._job is not None:
-            self._job.control.close_for_all()
-            native.post_signal(self._job.control.signal_address)
             self._job.close()
         self._router.close()
         self._pool.close()

@@ -6,8 +6,7 @@ The hub alone writes it; workers map it read-only. Every word is 8 bytes, little
             8   epoch            one life of the hub
            16   signal           futex word (its low 4 bytes); rises after every change below
            24   closed           rounds that have closed anywhere: 1 + the highest closed round
-           32   ended            1 once the hub has stopped
-           40   beat             CLOCK_MONOTONIC in ns when the hub's loop last turned
+           32   beat             CLOCK_MONOTONIC in ns when the hub's loop last turned
            64   mail[world]      messages sent to each worker since it joined: look at the socket
             .   seq[buckets]     seqlock: 2 x version, odd while the bucket is being written
             .   steps[pieces]    how often each piece has been updated by its rule
@@ -78,21 +77,13 @@ class Control:
     def closed_rounds(self) -> int:
         return int(self.head[3])
 
-    @property
-    def ended(self) -> bool:
-        return bool(self.head[4])
-
-    def close_for_all(self) -> None:
-        """The hub's last word here: whoever waits must look at its socket for the reason."""
-        self.head[4] = 1
-
     def beat(self, now_ns: int) -> None:
-        self.head[5] = now_ns
+        self.head[4] = now_ns
 
     @property
     def beat_s(self) -> float:
         """When the hub's loop last turned, on the clock of time.monotonic."""
-        return int(self.head[5]) / 1e9
+        return int(self.head[4]) / 1e9
 
     def done_address(self, rank: int) -> int:
         """The first of the `buckets` words in which `rank` reads what became of its pushes."""
