@@ -243,6 +243,10 @@ class TestSsp:
             rounds.on_push(0, MAX_AHEAD + 3, 0, base=0)
         assert rounds.on_push(0, MAX_AHEAD + 2, 0, base=0) == []
 
+    def test_alone_nobody_is_ahead_of_anybody(self) -> None:
+        rounds = ssp(1, staleness=0)
+        assert applied(rounds.on_push(0, 500, 0, base=0)) == [(500, 0, (0,))]
+
     def test_a_gradient_over_the_limit_is_dropped_without_a_version(self) -> None:
         rounds = ssp(2, staleness=9, drop_over=1)
         for round in range(2):

@@ -91,7 +91,6 @@ class Membership:
         self._returned: set[int] = set()  # live ranks that were held before
         self._dead: set[int] = set()  # died, and not replaced
         self._declared: set[int] = set()
-        self._formed = False
         self._abort = ""
 
     @property
@@ -107,14 +106,14 @@ class Membership:
     @property
     def formed(self) -> bool:
         """Every rank has declared its model; true ever after."""
-        return self._formed
+        return len(self._declared) == self.world_size
 
     @property
     def verdict(self) -> Verdict:
         """How the job stands now."""
         if self._abort:
             return Verdict.ABORT
-        if self._dead and (self._on_death == "wait" or not self._formed):
+        if self._dead and (self._on_death == "wait" or not self.formed):
             return Verdict.WAIT
         return Verdict.CONTINUE
 
@@ -161,12 +160,9 @@ class Membership:
         """A live rank has declared its model, and it is the model of the job."""
         assert rank in self._sessions, f"rank {rank} declared a model without a session"
         self._declared.add(rank)
-        self._formed = self._formed or len(self._declared) == self.world_size
 
     def missing(self) -> tuple[int, ...]:
         """Ranks that have yet to declare, ascending; () once the job is formed."""
-        if self._formed:
-            return ()
         return tuple(r for r in range(self.world_size) if r not in self._declared)
 
     def session_of(self, rank: int) -> int | None:
@@ -183,12 +179,12 @@ class Membership:
         if self._sessions.pop(rank, None) is None:
             return self.verdict
         self._dead.add(rank)
-        if not self._formed:
+        if not self.formed:
             self._declared.discard(rank)  # its replacement has to declare again
         left = len(self._sessions)
         if self._on_death == "abort":
             self._abort = self._abort or f"rank {rank} died, and on_death is abort"
-        elif self._on_death == "shrink" and self._formed and left < self._min_workers:
+        elif self._on_death == "shrink" and self.formed and left < self._min_workers:
             self._abort = self._abort or (
                 f"rank {rank} died: {left} of {self.world_size} workers left, "
                 f"fewer than min_workers={self._min_workers}"
