@@ -91,11 +91,12 @@ class GradientStream:
                 "a GradScaler took over in the middle of a run, when scaled gradients had already "
                 "left; use it from the first step, or overlap=False"
             )
-        rest = [i for i in range(len(self._params)) if i not in self._left]
-        absent = [i for i in rest if self._params[i][1].grad is None]
-        for index in rest:
-            finite = self._encode(index) and finite
-        self._push([int(b) for b in np.flatnonzero(~self._pushed)], finite, absent)
+        if not self._pushed.all():  # it has all left when a wait that timed out is tried again
+            rest = [i for i in range(len(self._params)) if i not in self._left]
+            absent = [i for i in rest if self._params[i][1].grad is None]
+            for index in rest:
+                finite = self._encode(index) and finite
+            self._push([int(b) for b in np.flatnonzero(~self._pushed)], finite, absent)
         works = list(self._works)
         for work in works:
             work.wait()
