@@ -73,6 +73,7 @@ def main(
 ) -> None:
     """Train, test, and print what it took."""
     torch.manual_seed(seed)
+    torch.set_num_threads(1)  # more would only get in each other's way: the network is tiny
     train_x, test_x, train_y, test_y = load()
 
     zps.init()
