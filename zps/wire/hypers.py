@@ -8,6 +8,8 @@ from typing import Any
 from zps.errors import ConfigError, ProtocolError
 from zps.wire.messages import pack, unpack
 
+_MAX_CONTAINERS = 1 << 16
+
 
 def pack_hypers(groups: Sequence[Mapping[str, Any]], max_grad_norm: float | None) -> bytes:
     """Raises ConfigError for a value that MessagePack does not know."""
@@ -22,7 +24,7 @@ def unpack_hypers(data: bytes) -> tuple[list[dict[str, Any]], float | None]:
 
     Raises ProtocolError for another shape, ConfigError for a limit that is none.
     """
-    fields = unpack(data)
+    fields = unpack(data, max_containers=_MAX_CONTAINERS)
     if not isinstance(fields, dict) or set(fields) != {"groups", "max_grad_norm"}:
         raise ProtocolError("hyperparameters are a map of groups and max_grad_norm")
     groups, norm = fields["groups"], fields["max_grad_norm"]

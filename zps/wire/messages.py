@@ -18,6 +18,7 @@ PROTOCOL = 1
 MAX_HEADER_BYTES = 4096
 MAX_PUSH_BUCKETS = 256  # keeps the header of a PUSH under its limit; longer pushes are cut
 _MAX_ITEMS = 512
+_MAX_CONTAINERS = 64
 
 #: Settings that a hub and its workers must agree on; the hub's count where a worker set none.
 SHARED_SETTINGS = (
@@ -27,6 +28,12 @@ SHARED_SETTINGS = (
 
 U32 = Annotated[int, Field(ge=0, lt=1 << 32)]
 U64 = Annotated[int, Field(ge=0, lt=1 << 63)]
+Seq = Annotated[int, Field(ge=0, lt=1 << 60)]  # an outcome goes into the same 64-bit word
+Round = Annotated[int, Field(ge=0, lt=1 << 48)]  # a newcomer's first round lies beyond it
+Pid = Annotated[int, Field(ge=1, lt=1 << 31)]  # what the system calls take
+World = Annotated[int, Field(ge=1, le=1 << 16)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Setting = str | int | Finite | None
 Name = Annotated[str, Field(max_length=256)]
 Text = Annotated[str, Field(max_length=3000)]
 
@@ -43,7 +50,7 @@ class Sessioned(Message):
 
     epoch: U64
     session: U64
-    seq: U64
+    seq: Seq
 
 
 # --- worker to hub ----------------------------------------------------------------------------
@@ -54,11 +61,11 @@ class Hello(Message):
     protocol: U32
     job: Name
     rank: U32 | None
-    world_size: U32 | None
+    world_size: World | None
     incarnation: Name
     host: Name  # boot id and PID namespace: equal on both sides means shared memory is possible
-    pid: U32
-    settings: dict[Name, str | int | float | None]  # those set explicitly; they must agree
+    pid: Pid
+    settings: dict[Name, Setting]  # those set explicitly; they must agree
 
 
 class Declare(Sessioned):
@@ -82,11 +89,11 @@ class Push(Sessioned):
     """
 
     tag: ClassVar[str] = "push"
-    round: U64
+    round: Round
     buckets: list[U32]
     bases: list[U64]  # version of each bucket that the gradient was computed on
-    samples: float  # weight of this worker in the mean; 0 leaves it out
-    grad_scale: float  # what the loss was multiplied by
+    samples: Finite  # weight of this worker in the mean; 0 leaves it out
+    grad_scale: Finite  # what the loss was multiplied by
     finite: bool
     hold: bool  # apply nothing of this round before all of it is known to be finite
     hypers: bool
@@ -134,7 +141,7 @@ class Bye(Sessioned):
 
 class SegmentAt(Message):
     tag: ClassVar[str] = "segment"
-    pid: U32
+    pid: Pid
     fd: U32
     nbytes: U64
 
@@ -146,16 +153,16 @@ class Welcome(Message):
     session: U64
     rank: U32
     world_size: U32
-    pid: U32
+    pid: Pid
     host: Name
-    settings: dict[Name, str | int | float | None]
+    settings: dict[Name, Setting]
 
 
 class Attach(Message):
     """The layout is accepted: where weights, slots and control lie, and the first round."""
 
     tag: ClassVar[str] = "attach"
-    seq: U64
+    seq: Seq
     control: SegmentAt
     weights: SegmentAt
     slots: SegmentAt
@@ -167,14 +174,14 @@ class Ok(Message):
     """Answer to the request `seq`; payload as the request says."""
 
     tag: ClassVar[str] = "ok"
-    seq: U64
+    seq: Seq
 
 
 class Refuse(Message):
     """Answer to the request `seq`, or to anything from a stranger; nothing was changed."""
 
     tag: ClassVar[str] = "refuse"
-    seq: U64 | None
+    seq: Seq | None
     code: Name
     text: Text
 
@@ -213,7 +220,7 @@ def decode(frame: bytes | memoryview) -> Message:
     """The message in a header frame. Raises ProtocolError for anything but a well-formed one."""
     if len(frame) > MAX_HEADER_BYTES:
         raise ProtocolError(f"header of {len(frame)} bytes; the limit is {MAX_HEADER_BYTES}")
-    fields = unpack(frame, max_items=_MAX_ITEMS)
+    fields = unpack(frame, max_items=_MAX_ITEMS, max_containers=_MAX_CONTAINERS)
     if not isinstance(fields, dict):
         raise ProtocolError("header is not a map")
     tag = fields.pop("t", None)
@@ -234,8 +241,29 @@ def pack(value: Any) -> bytes:
     return data
 
 
-def unpack(data: bytes | memoryview, *, max_items: int = 1 << 20) -> Any:
-    """The value in `data`; no extension types, no repeated keys, no container over `max_items`."""
+def unpack(
+    data: bytes | memoryview, *, max_items: int = 1 << 20, max_containers: int = 1 << 20
+) -> Any:
+    """The value in `data`; no extension types, no repeated keys.
+
+    No container holds more than `max_items`, and all together are `max_containers` at most: an
+    empty one takes a byte in `data` and a hundred in memory. Raises ProtocolError.
+    """
+    containers = 0
+
+    def count(items: list[Any]) -> list[Any]:
+        nonlocal containers
+        containers += 1
+        if containers > max_containers:
+            raise ProtocolError(f"more than {max_containers} lists and maps")
+        return items
+
+    def without_repeats(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+        fields = dict(count(pairs))
+        if len(fields) != len(pairs):
+            raise ProtocolError("a map repeats a key")
+        return fields
+
     try:
         return msgpack.unpackb(
             data,
@@ -243,16 +271,10 @@ def unpack(data: bytes | memoryview, *, max_items: int = 1 << 20) -> Any:
             max_map_len=max_items,
             max_array_len=max_items,
             max_ext_len=0,
-            object_pairs_hook=_no_repeats,
+            list_hook=count,
+            object_pairs_hook=without_repeats,
         )
     except ProtocolError:
         raise
     except Exception as error:  # msgpack raises a dozen kinds for hostile bytes
         raise ProtocolError(f"not MessagePack as zps writes it: {error}") from None
-
-
-def _no_repeats(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ProtocolError("a map repeats a key")
-    return fields
