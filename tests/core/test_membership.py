@@ -135,14 +135,14 @@ def test_wait_waits_until_a_replacement_says_hello() -> None:
 def test_abort_ends_the_job_at_the_first_death_for_good() -> None:
     membership = formed(2, on_death="abort")
     assert membership.die(1) is Verdict.ABORT
-    membership.die(0)
     membership.hello(1, "new")
+    assert membership.dead == ()
     assert membership.verdict is Verdict.ABORT
     assert membership.why == "rank 1 died, and on_death is abort"
 
 
 def test_a_death_before_formation_waits_for_a_replacement_that_declares_again() -> None:
-    membership = Membership(2)
+    membership = Membership(2, min_workers=2)
     for rank in range(2):
         membership.hello(rank, "a")
     membership.declared(0)
