@@ -256,7 +256,7 @@ def test_a_child_process_gets_the_same_settings_through_its_environment(
         bucket_bytes=buckets * 64,
         job=job,
         hub_threads=threads,
-        checkpoint_dir=Path("/a b/c"),
+        runtime_dir=Path("/a b/c"),
     )
     child = load(settings.to_env())
     assert child.model_dump() == settings.model_dump()
@@ -272,3 +272,9 @@ def test_every_setting_has_a_variable_and_a_description() -> None:
     assert variable("bucket_bytes") == "ZPS_BUCKET_BYTES"
     for name, field in Settings.model_fields.items():
         assert field.description, name
+
+
+@pytest.mark.parametrize("name", ["checkpoint_dir", "key_dir"])
+def test_a_setting_without_effect_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="not used by this version"):
+        load({variable(name): "/somewhere"})
