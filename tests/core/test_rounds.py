@@ -130,6 +130,15 @@ class TestBsp:
         assert rounds.leave(0) == []
         assert rounds.leave(1) == [Apply(0, 0, (0,), (0,), closes=True)]
 
+    def test_of_several_applications_only_the_last_closes_the_round(self) -> None:
+        rounds = bsp(2, buckets=2)
+        rounds.on_push(0, 0, 0, base=0)
+        rounds.on_push(0, 0, 1, base=0)
+        assert rounds.leave(1) == [
+            Apply(0, 0, (0,), (0,), closes=False),
+            Apply(1, 0, (0,), (0,), closes=True),
+        ]
+
     def test_a_rank_that_comes_back_enters_at_the_next_round(self) -> None:
         rounds = bsp(2)
         rounds.on_push(1, 0, 0, base=0)
