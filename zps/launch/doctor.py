@@ -157,14 +157,14 @@ def round_trip(settings: Settings) -> Finding:
     """A hub of our own, one worker, one small sum: everything at once, with a real answer."""
     import torch
 
-    import zps
     from zps.hub.process import HubProcess
+    from zps.worker.worker import Worker
 
     own = Settings(runtime_dir=settings.runtime_dir, world_size=1, connect_timeout_s=5.0)
     times_ms = []
     with (
         HubProcess.start(own) as hub,
-        zps.Worker(hub.address, rank=0, world_size=1, settings=own) as worker,
+        Worker(hub.address, rank=0, world_size=1, settings=own) as worker,
     ):
         worker.declare({"x": torch.zeros(4)}, rule="sum")
         for _ in range(_ROUND_TRIPS):
