@@ -45,7 +45,7 @@ class Control:
 
     def __init__(self, segment: Segment, *, world_size: int, buckets: int, pieces: int):
         self.segment = segment
-        words = segment.bytes.view(np.uint64)
+        words = segment.bytes[: segment.nbytes // 8 * 8].view(np.uint64)
         need = _words(world_size, buckets, pieces)
         if len(words) < need:
             raise ProtocolError(f"the control segment has {len(words)} words, but needs {need}")

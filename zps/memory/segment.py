@@ -73,26 +73,35 @@ class Segment:
         """Map another process's segment; raises ProtocolError when it is not what `ref` says."""
         path = f"/proc/{ref.pid}/fd/{ref.fd}"
         try:
-            fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+            # Not blocking, because what a hostile reference names may be a pipe.
+            flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR if writable else os.O_RDONLY)
+            fd = os.open(path, flags)
         except OSError as error:
             raise ProtocolError(
                 f"cannot open the hub's shared memory at {path}: {error}"
             ) from error
         try:
-            size = os.fstat(fd).st_size
+            info = os.fstat(fd)
+            if info.st_uid != os.geteuid():
+                raise ProtocolError(f"{path} belongs to user {info.st_uid}, not to you")
+            size = info.st_size
             if size != _rounded(max(ref.nbytes, 1)):
                 raise ProtocolError(f"{path} holds {size} bytes, but {ref.nbytes} were announced")
             if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
                 raise ProtocolError(f"{path} is not sealed, so its owner could cut it under us")
             prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-            mapping = mmap.mmap(fd, size, flags=flags, prot=prot)
+            kind = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            mapping = mmap.mmap(fd, size, flags=kind, prot=prot)
             _advise(mapping, mmap.MADV_HUGEPAGE)
         except OSError as error:
             raise ProtocolError(f"cannot map the hub's shared memory at {path}: {error}") from error
         finally:
             os.close(fd)
         return cls(-1, mapping, ref.nbytes, owner=False, writable=writable)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:  # a job that could not be set up in full has nobody to close its parts
+            os.close(self._fd)
 
     @property
     def ref(self) -> SegmentRef:

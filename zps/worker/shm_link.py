@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from zps import native
 from zps.core.layout import Layout
-from zps.errors import WaitTimeout
+from zps.errors import ProtocolError, WaitTimeout
 from zps.memory.control import Control, Outcome, done_target, outcome_of
 from zps.memory.segment import Segment, SegmentRef
 from zps.wire import messages as m
@@ -41,6 +41,12 @@ class ShmLink:
         self._control.check(session.welcome.epoch)
         self.weights = _attach(attach.weights, writable=True)
         self.slots = _attach(attach.slots, writable=True)
+        for segment, needed in (
+            (self.weights, layout.total_bytes),
+            (self.slots, layout.arena_bytes),
+        ):
+            if segment.nbytes < needed:
+                raise ProtocolError(f"the hub's arena has {segment.nbytes} bytes, not {needed}")
         self._aliased = aliased
         self._base = np.zeros(len(layout.buckets), np.uint64)
         self._done = self._control.done_address(session.rank)
