@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -107,6 +108,24 @@ void bind_engine(py::module_& m) {
   });
 }
 
+void bind_roofline(py::module_& m) {
+  m.def("stream",
+        [](Pool& pool, const std::vector<Address>& reads, const std::vector<Address>& writes,
+           std::uint64_t n, std::size_t block, const std::string& isa) {
+          if (reads.size() > Streams::kMost || writes.size() > Streams::kMost) {
+            throw std::invalid_argument("too many streams");
+          }
+          Streams streams{};
+          streams.read_count = static_cast<int>(reads.size());
+          streams.write_count = static_cast<int>(writes.size());
+          streams.block = block;
+          std::transform(reads.begin(), reads.end(), streams.reads, at<const float>);
+          std::transform(writes.begin(), writes.end(), streams.writes, at<float>);
+          stream(pool, chosen(isa), streams, n);
+        },
+        NoGil());
+}
+
 void bind_words(py::module_& m) {
   m.def("wait",
         [](Address signal, Address words, Address index, Address targets, std::size_t count,
@@ -167,6 +186,7 @@ void bind_facts(py::module_& m) {
 
 PYBIND11_MODULE(_core, m) {
   zps::bind_engine(m);
+  zps::bind_roofline(m);
   zps::bind_words(m);
   zps::bind_facts(m);
 }

@@ -9,9 +9,18 @@
 
 namespace zps {
 
-/// Elements of a tile: the averaged gradient of one tile stays in the first-level cache.
-/// Sums of squares are added tile by tile, so this number is part of their value.
+/// Elements of a tile, the unit in which work is cut. Sums of squares are added tile by tile, so
+/// this number is part of their value.
 constexpr std::size_t kTile = 4096;
+
+/// Streams of memory for the roofline: each write stream is read, added to and written.
+struct Streams {
+  static constexpr int kMost = 8;
+  const float* reads[kMost];
+  float* writes[kMost];
+  int read_count, write_count;
+  std::size_t block;  // elements, the shape of the loop
+};
 
 struct Kernels {
   /// Average, then the rule, then the published copy, for elements [begin, end) of a segment.
@@ -26,6 +35,10 @@ struct Kernels {
   /// Copies n elements to dst (nullptr: only looks) and returns their sum of squares, which is
   /// finite if and only if every element is: a double holds the square of any float.
   double (*encode)(const void* src, void* dst, std::uint64_t n, Dtype);
+
+  /// Adds the sum of the read streams to every write stream, over the whole blocks of
+  /// [begin, end). False, and nothing is done, if this mix or block was not compiled.
+  bool (*stream)(const Streams&, std::uint64_t begin, std::uint64_t end);
 };
 
 namespace base {

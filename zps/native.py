@@ -267,6 +267,26 @@ def inspect(src_ptr: int, n: int, dtype: int, isa: str | None = None) -> tuple[f
     return _core.encode(src_ptr, 0, n, dtype, isa or "")
 
 
+def stream(
+    pool: Pool,
+    read_ptrs: Sequence[int],
+    write_ptrs: Sequence[int],
+    n: int,
+    block: int,
+    isa: str | None = None,
+) -> None:
+    """The roofline of `apply`: add the sum of the read streams to each write stream.
+
+    1, 2 or 4 float32 streams are read, 2 or 3 are read and written, `block` (16, 32, 64 or 128)
+    elements at a time; n is a multiple of 128.
+    """
+    for pointer in (*read_ptrs, *write_ptrs):
+        _check_pointer(pointer, 4, "stream")
+    if n % 128:
+        raise ValueError(f"n must be a multiple of 128, not {n}")
+    _core.stream(pool._open(), read_ptrs, write_ptrs, n, block, isa or "")
+
+
 def wait(
     signal_ptr: int,
     words_ptr: int,

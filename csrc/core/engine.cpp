@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <deque>
+#include <stdexcept>
 
 #include "core/float_mode.h"
 #include "core/seqlock.h"
@@ -16,22 +17,26 @@ struct Chunk {
   const Segment* segment;
   std::uint64_t begin, end;  // elements, relative to the bucket
 };
+using Chunks = std::vector<Chunk>;
 
 constexpr std::uint64_t kChunk = 8 * kTile;  // large enough to hide the counter, small to balance
 
 // Less than this is done before a sleeping helper would have woken.
 constexpr std::uint64_t kInline = 8 * kTile;
 
-std::vector<Chunk> cut(const Jobs& jobs, std::uint64_t size) {
-  std::vector<Chunk> chunks;
+void cut(std::uint32_t job, const Segment& segment, std::uint64_t size, Chunks& chunks) {
+  const std::uint64_t end = segment.begin + segment.count;
+  for (std::uint64_t at = segment.begin; at < end; at += size) {
+    chunks.push_back({job, &segment, at, std::min(at + size, end)});
+  }
+}
+
+Chunks cut(const Jobs& jobs, std::uint64_t size) {
+  Chunks chunks;
   for (std::uint32_t job = 0; job < jobs.size(); ++job) {
     const std::int64_t* steps = jobs[job]->work().steps;
     for (const Segment& segment : jobs[job]->segments()) {
-      if (steps[segment.param] == 0) continue;
-      const std::uint64_t end = segment.begin + segment.count;
-      for (std::uint64_t at = segment.begin; at < end; at += size) {
-        chunks.push_back({job, &segment, at, std::min(at + size, end)});
-      }
+      if (steps[segment.param] != 0) cut(job, segment, size, chunks);
     }
   }
   return chunks;
@@ -41,7 +46,7 @@ std::vector<Chunk> cut(const Jobs& jobs, std::uint64_t size) {
 template <class Visit>
 class Sweep {
  public:
-  Sweep(const std::vector<Chunk>& chunks, const Visit& visit) : chunks_(chunks), visit_(visit) {}
+  Sweep(const Chunks& chunks, const Visit& visit) : chunks_(chunks), visit_(visit) {}
 
   void run(Pool& pool) {
     std::uint64_t elements = 0;
@@ -64,13 +69,13 @@ class Sweep {
     }
   }
 
-  const std::vector<Chunk>& chunks_;
+  const Chunks& chunks_;
   const Visit& visit_;
   std::atomic<std::size_t> next_{0};
 };
 
 template <class Visit>
-void sweep(Pool& pool, const std::vector<Chunk>& chunks, const Visit& visit) {
+void sweep(Pool& pool, const Chunks& chunks, const Visit& visit) {
   if (!chunks.empty()) Sweep<Visit>(chunks, visit).run(pool);
 }
 
@@ -84,7 +89,7 @@ struct Guard {
 }  // namespace
 
 void apply(Pool& pool, const Kernels& kernels, const Jobs& jobs) {
-  const std::vector<Chunk> chunks = cut(jobs, kChunk);
+  const Chunks chunks = cut(jobs, kChunk);
   std::deque<Guard> guards;  // a deque, because an atomic does not move
   for (const Job* job : jobs) guards.emplace_back(job->seq());
   for (const Chunk& chunk : chunks) ++guards[chunk.job].chunks_left;
@@ -103,7 +108,7 @@ void apply(Pool& pool, const Kernels& kernels, const Jobs& jobs) {
 }
 
 void reduce(Pool& pool, const Kernels& kernels, const Jobs& jobs, const std::vector<float*>& outs) {
-  const std::vector<Chunk> chunks = cut(jobs, kChunk);
+  const Chunks chunks = cut(jobs, kChunk);
   sweep(pool, chunks, [&](std::size_t index) {
     const Chunk& chunk = chunks[index];
     kernels.reduce(jobs[chunk.job]->work(), chunk.begin, chunk.end, outs[chunk.job]);
@@ -112,7 +117,7 @@ void reduce(Pool& pool, const Kernels& kernels, const Jobs& jobs, const std::vec
 
 double norm_sq(Pool& pool, const Kernels& kernels, const Jobs& jobs) {
   // One partial sum a tile, added in tile order: the same for any number of threads.
-  const std::vector<Chunk> tiles = cut(jobs, kTile);
+  const Chunks tiles = cut(jobs, kTile);
   std::vector<double> partial(tiles.size());
   sweep(pool, tiles, [&](std::size_t index) {
     const Chunk& tile = tiles[index];
@@ -121,6 +126,18 @@ double norm_sq(Pool& pool, const Kernels& kernels, const Jobs& jobs) {
   double total = 0.0;
   for (const double sum : partial) total += sum;
   return total;
+}
+
+void stream(Pool& pool, const Kernels& kernels, const Streams& streams, std::uint64_t n) {
+  if (!kernels.stream(streams, 0, 0)) {
+    throw std::invalid_argument("no stream kernel has this mix of reads and writes, or this block");
+  }
+  Chunks chunks;
+  const Segment whole = {0, n, 0, 0};
+  cut(0, whole, kChunk, chunks);
+  sweep(pool, chunks, [&](std::size_t index) {
+    kernels.stream(streams, chunks[index].begin, chunks[index].end);
+  });
 }
 
 }  // namespace zps

@@ -21,4 +21,8 @@ void reduce(Pool& pool, const Kernels& kernels, const Jobs& jobs, const std::vec
 /// Sum of squares of the averaged gradients of all jobs; parameters at step 0 count nothing.
 double norm_sq(Pool& pool, const Kernels& kernels, const Jobs& jobs);
 
+/// The roofline that apply is measured against: n elements of every stream, spread as apply does.
+/// Throws std::invalid_argument for a mix or block that was not compiled.
+void stream(Pool& pool, const Kernels& kernels, const Streams& streams, std::uint64_t n);
+
 }  // namespace zps

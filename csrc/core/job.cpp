@@ -1,6 +1,8 @@
 #include "core/job.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -8,6 +10,15 @@
 #include "optim/facts.h"
 
 namespace zps {
+namespace {
+
+/// Whether multiplying by 1 / divisor gives the same bits as dividing: for powers of two.
+bool divides_exactly(float divisor) {
+  int exponent = 0;
+  return std::frexp(divisor, &exponent) == 0.5f && std::abs(exponent) < 126;
+}
+
+}  // namespace
 
 Job::Job(Rule rule, Dtype dtype, std::uint32_t hyper_count, const Segment* segments,
          std::size_t segment_count, std::uintptr_t weights, std::uintptr_t master,
@@ -31,7 +42,10 @@ void Job::set_round(Round round) {
   work_.slots = reinterpret_cast<const void* const*>(round_.slots.data());
   work_.slot_count = static_cast<std::uint32_t>(round_.slots.size());
   work_.scales = scaled ? round_.scales.data() : nullptr;
-  work_.divisor = divides ? round_.divisor : 1.0f;
+  const float divisor = divides ? round_.divisor : 1.0f;
+  const bool exact = divides_exactly(divisor);
+  work_.factor = exact ? 1.0f / divisor : 1.0f;
+  work_.divisor = exact ? 1.0f : divisor;
   work_.coef = round_.coef;
   work_.dc_lambda = round_.dc_lambda;
   work_.base = reinterpret_cast<const void*>(round_.base);

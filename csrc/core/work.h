@@ -35,8 +35,9 @@ struct Work {
   const void* const* slots;
   const float* scales;  // nullptr: every scale is 1
   std::uint32_t slot_count;
-  float divisor;
-  float coef;
+  float factor;   // multiplies the sum
+  float divisor;  // then divides it: 1 where the factor does so exactly
+  float coef;     // then multiplies the average
   float dc_lambda;
   const void* base;  // the weights the gradient was computed on; nullptr: no delay compensation
 

@@ -6,7 +6,7 @@
 namespace zps::ZPS_TARGET {
 
 struct AdamScalars {
-  float step_size, correction2_sqrt, eps, lerp1, beta2, lerp2, l2, shrink, sign;
+  float step_size, scale2, eps, lerp1, beta2, lerp2, l2, shrink, sign;
 };
 
 template <bool WithL2, bool WithAmsgrad>
@@ -26,7 +26,7 @@ struct AdamUpdate {
       state[2] = (second > state[2]) | (second != second) ? second : state[2];
       second = state[2];
     }
-    const float denominator = sqrtf(second) / s.correction2_sqrt + s.eps;
+    const float denominator = sqrtf(second) * s.scale2 + s.eps;
     weight -= s.step_size * state[0] / denominator;
   }
 };
@@ -45,7 +45,7 @@ struct Adam {
     const double correction1 = 1.0 - pow(hyper[kBeta1], static_cast<double>(step));
     const double correction2 = 1.0 - pow(hyper[kBeta2], static_cast<double>(step));
     const AdamScalars s = {static_cast<float>(lr / correction1),
-                           static_cast<float>(sqrt(correction2)),
+                           static_cast<float>(1.0 / sqrt(correction2)),
                            static_cast<float>(hyper[kEps]),
                            static_cast<float>(1.0 - hyper[kBeta1]),
                            static_cast<float>(hyper[kBeta2]),

@@ -93,7 +93,7 @@ def adam(
     v[:] = f32(betas[1]) * v + f32(1 - betas[1]) * g * g
     if amsgrad:
         v = np.maximum(state["max_exp_avg_sq"], v, out=state["max_exp_avg_sq"])
-    denominator = np.sqrt(v) / f32((1 - betas[1] ** step) ** 0.5) + f32(eps)
+    denominator = np.sqrt(v) * f32(1 / (1 - betas[1] ** step) ** 0.5) + f32(eps)
     w -= f32(lr / (1 - betas[0] ** step)) * m / denominator
 
 

@@ -56,6 +56,18 @@ def test_contributions_are_added_in_list_order(pool, contributors, scaled, isa, 
     np.testing.assert_array_equal(reduced(pool, bucket, isa), expected)
 
 
+@pytest.mark.parametrize("divisor", [2.0, 4.0, 3.0, 2.0**-126, 2.0**126, 2.0**127, 1e-40])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_divisor_gives_the_bits_of_a_division(pool, divisor, isa):
+    exponents = np.linspace(-149, 127, 5000)
+    slots = [np.float32(2.0) ** exponents.astype(np.float32) * f for f in np.float32([1, 0.7])]
+    bucket = Bucket("mean", np.zeros(5000), slots)
+    bucket.job.divisor = divisor
+    with np.errstate(over="ignore"):
+        expected = average(slots, divisor=divisor)
+    np.testing.assert_array_equal(reduced(pool, bucket, isa), expected)
+
+
 def test_a_negative_zero_keeps_its_sign(pool):
     bucket = Bucket("mean", np.zeros(4), [np.full(4, -0.0, np.float32)])
     assert np.signbit(reduced(pool, bucket)).all()

@@ -1,0 +1,268 @@
+"""How near is the fused apply to what this machine's memory can do?
+
+    python -m bench.kernels [--elements 25M] [--repeats 15] [--threads N]
+
+Each case is first checked against NumPy. Then the kernel and a stream kernel (the same streams of
+the same memory, read, added and written back: see csrc/stream.inc.h) take turns, A B B A. A ratio
+is the stream's median time over the kernel's: 1 means nothing is left to gain. Every shape of the
+stream is tried, and the fastest counts. `cpu` is the same ratio of processor time, which other
+processes on the machine disturb less.
+
+Memory: "engine" is what a hub has: weights and slots in shared memory of 4 KiB pages, optimizer
+state in anonymous huge pages. "huge" is anonymous huge pages throughout.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.table import Table
+
+from bench.report import console, facts
+from zps import native
+from zps.optim.registry import rule
+
+Floats = NDArray[np.float32]
+RULES = {"sgd": {"lr": 1e-3, "momentum": 0.9}, "adam": {"lr": 1e-3}}
+BLOCKS = (16, 32, 64, 128)
+GOAL = 0.85
+
+
+def anonymous(n: int) -> Floats:
+    """Zeros in anonymous huge pages."""
+    memory = mmap.mmap(-1, 4 * n + (2 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    array = np.frombuffer(memory, np.float32)
+    skip = -array.ctypes.data % (2 << 20) // 4  # huge pages begin at multiples of their size
+    array = array[skip : skip + n]
+    array[:] = 0
+    return array
+
+
+def shared(n: int) -> Floats:
+    """Zeros in a memfd, every page present."""
+    fd = os.memfd_create("bench")
+    os.posix_fallocate(fd, 0, 4 * n)
+    array = np.frombuffer(mmap.mmap(fd, 4 * n), np.float32)
+    os.close(fd)
+    array[:] = 0
+    return array
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    wall_s: float
+    cpu_s: float
+
+
+def timed(call: Callable[[], object]) -> Timing:
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return Timing(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def take_turns(
+    first: Callable[[], object], second: Callable[[], object], repeats: int
+) -> tuple[list[Timing], list[Timing]]:
+    """A B B A, so that a slow drift of the machine meets both alike."""
+    a, b = [], []
+    for _ in range(repeats):
+        a.append(timed(first))
+        b.append(timed(second))
+        b.append(timed(second))
+        a.append(timed(first))
+    return a, b
+
+
+@dataclass(slots=True)
+class Result:
+    case: str
+    memory: str
+    contributors: int
+    elements: int
+    moved_bytes: int
+    shape: str  # of the fastest stream
+    kernel: list[Timing]
+    stream: list[Timing]
+
+    def ratio(self, clock: str) -> float:
+        ours, best = ([getattr(t, clock) for t in times] for times in (self.kernel, self.stream))
+        return median(best) / median(ours)
+
+    def gbps(self, times: list[Timing]) -> float:
+        return self.moved_bytes / median(t.wall_s for t in times) / 1e9
+
+    def record(self) -> dict[str, object]:
+        walls = [t.wall_s * 1e6 for t in self.kernel]
+        return {
+            "bench": "kernels",
+            "what": self.case,
+            "memory": self.memory,
+            "contributors": self.contributors,
+            "elements": self.elements,
+            "bytes": self.moved_bytes,
+            "p50_us": round(float(np.percentile(walls, 50)), 1),
+            "p99_us": round(float(np.percentile(walls, 99)), 1),
+            "gbps": round(self.gbps(self.kernel), 2),
+            "stream_gbps": round(self.gbps(self.stream), 2),
+            "stream_shape": self.shape,
+            "ratio": round(self.ratio("wall_s"), 3),
+            "cpu_ratio": round(self.ratio("cpu_s"), 3),
+            "goal": GOAL,
+            "met": self.ratio("wall_s") >= GOAL,
+        }
+
+
+class ApplyCase:
+    """One rule over one bucket, and the stream kernel over the same memory."""
+
+    def __init__(self, name: str, contributors: int, memory: str, n: int, pool: native.Pool):
+        self.name, self.memory, self.n, self.pool = name, memory, n, pool
+        outside = shared if memory == "engine" else anonymous
+        chosen = rule(name)
+        used = chosen.state_used(RULES[name])
+        self.weights = outside(n)
+        self.slots = [outside(n) for _ in range(contributors)]
+        self.states = {state: anonymous(n) for state in used}
+        rng = np.random.default_rng(0)
+        for array in (self.weights, *self.slots):
+            rng.standard_normal(out=array, dtype=np.float32)
+        self.job = native.Job(
+            rule=chosen.kernel,
+            segments=np.array([(0, n, 0, 0)], native.SEGMENT),
+            grad_dtype=native.DTYPE["float32"],
+            weights_ptr=self.weights.ctypes.data,
+            master_ptr=self.weights.ctypes.data,
+            state_ptrs=[
+                self.states[state].ctypes.data if state in used else 0 for state in chosen.states
+            ],
+            slots=[slot.ctypes.data for slot in self.slots],
+            divisor=float(contributors),
+            hypers=chosen.pack([RULES[name]]),
+            steps=np.ones(1, np.int64),
+        )
+
+    def check(self) -> None:
+        """The first step against NumPy, wherever the element lies."""
+        sample = np.linspace(0, self.n - 1, 100_000).astype(np.int64)
+        before = self.weights[sample]
+        grad = np.mean([slot[sample] for slot in self.slots], axis=0, dtype=np.float64)
+        self.apply()
+        if self.name == "sgd":
+            expected = before - 1e-3 * grad
+        else:
+            expected = before - 1e-3 * grad / (np.abs(grad) + 1e-8)
+        np.testing.assert_allclose(self.weights[sample], expected, rtol=1e-5, atol=1e-6)
+        self.job.steps[0] = 2
+
+    def apply(self) -> None:
+        native.apply(self.pool, [self.job])
+
+    def stream(self, block: int) -> None:
+        native.stream(
+            self.pool,
+            self.job.slots,
+            [array.ctypes.data for array in (self.weights, *self.states.values())],
+            self.n,
+            block,
+        )
+
+    def run(self, repeats: int) -> Result:
+        self.check()
+        tries = max(3, repeats // 2)
+        pace = {
+            b: median(timed(lambda b=b: self.stream(b)).cpu_s for _ in range(tries)) for b in BLOCKS
+        }
+        block = min(pace, key=pace.__getitem__)
+        kernel, stream = take_turns(self.apply, lambda: self.stream(block), repeats)
+        return Result(
+            case=self.name,
+            memory=self.memory,
+            contributors=len(self.slots),
+            elements=self.n,
+            moved_bytes=4 * self.n * (len(self.slots) + 2 + 2 * len(self.states)),
+            shape=f"block {block}",
+            kernel=kernel,
+            stream=stream,
+        )
+
+
+def run_encode(memory: str, n: int, repeats: int) -> Result:
+    """A gradient from a worker's own memory into its slot, against memcpy."""
+    source, slot = anonymous(n), (shared if memory == "engine" else anonymous)(n)
+    np.random.default_rng(0).standard_normal(out=source, dtype=np.float32)
+
+    def encode() -> tuple[float, bool]:
+        return native.encode(source.ctypes.data, slot.ctypes.data, n, native.DTYPE["float32"])
+
+    def copy() -> None:
+        ctypes.memmove(slot.ctypes.data, source.ctypes.data, 4 * n)
+
+    sum_sq, finite = encode()
+    assert finite
+    assert np.array_equal(slot, source)
+    np.testing.assert_allclose(sum_sq, np.square(source, dtype=np.float64).sum(), rtol=1e-9)
+    kernel, stream = take_turns(encode, copy, repeats)
+    return Result("encode", memory, 1, n, 8 * n, "memcpy", kernel, stream)
+
+
+def results(n: int, repeats: int, threads: int) -> Iterator[Result]:
+    pool = native.Pool(threads)
+    for memory in ("engine", "huge"):
+        for name in RULES:
+            for contributors in (1, 2, 4):
+                yield ApplyCase(name, contributors, memory, n, pool).run(repeats)
+        yield run_encode(memory, n, repeats)
+
+
+def table(done: list[Result]) -> Table:
+    shown = Table(title=f"{done[0].elements / 1e6:g} M float32 parameters, {native.isa()}")
+    for title in ("kernel", "memory"):
+        shown.add_column(title)
+    for title in ("contributors", "ms", "GB/s", "stream GB/s", "shape", "ratio", "cpu"):
+        shown.add_column(title, justify="right")
+    for r in done:
+        colour = "green" if r.ratio("wall_s") >= GOAL else "red"
+        shown.add_row(
+            r.case,
+            r.memory,
+            str(r.contributors),
+            f"{median(t.wall_s for t in r.kernel) * 1e3:.2f}",
+            f"{r.gbps(r.kernel):.1f}",
+            f"{r.gbps(r.stream):.1f}",
+            r.shape,
+            f"[{colour}]{r.ratio('wall_s'):.2f}[/{colour}]",
+            f"{r.ratio('cpu_s'):.2f}",
+        )
+    return shown
+
+
+def main(
+    elements: Annotated[str, typer.Option(help="as 25M or 300K")] = "25M",
+    repeats: Annotated[int, typer.Option(min=1, help="turns of A B B A")] = 15,
+    threads: Annotated[int | None, typer.Option(min=1, help="default: all cores")] = None,
+) -> None:
+    scale = {"K": 1_000, "M": 1_000_000}.get(elements[-1].upper(), 1)
+    n = int(float(elements.rstrip("kKmM")) * scale) // 128 * 128
+    threads = threads or len(os.sched_getaffinity(0))
+    origin = {"isa": native.isa(), "threads": threads, **facts()}
+    done = []
+    for result in results(n, repeats, threads):
+        print(json.dumps({**result.record(), **origin}), flush=True)
+        done.append(result)
+    console().print(table(done))
+
+
+if __name__ == "__main__":
+    typer.run(main)
