@@ -116,7 +116,7 @@ class Engine:
     def flush(self) -> None:
         """Apply what is ready and wake the workers it concerns."""
         while self._ready:
-            updates, self._ready = self._ready, []
+            updates, self._ready = _one_a_bucket(self._ready)
             self.store.apply(updates)
             self._finish(updates, Outcome.APPLIED)
             self.counters["updates"] += len(updates)
@@ -207,3 +207,9 @@ class Engine:
         self._busy.discard((pushed.session, bucket))
         index = pushed.rank * len(self.store.layout.buckets) + bucket
         self._posts.append((index, done_word(pushed.seq, outcome)))
+
+
+def _one_a_bucket(updates: list[Update]) -> tuple[list[Update], list[Update]]:
+    """The first update of each bucket, and the rest: those of one bucket follow one another."""
+    first = {update.bucket: update for update in reversed(updates)}
+    return list(first.values()), [u for u in updates if first[u.bucket] is not u]
