@@ -206,18 +206,22 @@ void reduce(const Work& work, std::uint64_t begin, std::uint64_t end, float* out
 constexpr std::size_t kLanes = 16;
 static_assert(kBlock % kLanes == 0);
 
-template <class Format>
-void add_squares(const typename Format::Stored* source, std::size_t n, double* __restrict lanes) {
+/// Adds the squares of n elements to the lanes, and copies them to out if Copy.
+template <class Format, bool Copy>
+void add_squares(const typename Format::Stored* source, std::size_t n, double* __restrict lanes,
+                 typename Format::Stored* __restrict out) {
   std::size_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (std::size_t k = 0; k < kLanes; ++k) {
       const double value = Format::load(source[i + k]);
       lanes[k] += value * value;
+      if (Copy) out[i + k] = source[i + k];
     }
   }
   for (std::size_t k = 0; i < n; ++i, ++k) {
     const double value = Format::load(source[i]);
     lanes[k] += value * value;
+    if (Copy) out[i] = source[i];
   }
 }
 
@@ -233,18 +237,7 @@ double norm_sq(const Work& work, std::uint64_t begin, std::uint64_t end) {
   alignas(64) float scratch[kBlock];
   double lanes[kLanes] = {};
   for_blocks(begin, end, [&](std::uint64_t at, std::size_t n) {
-    add_squares<F32>(average_block(work, at, n, scratch), n, lanes);
-  });
-  return sum_of(lanes);
-}
-
-template <class Format, bool Copy>
-double encode_tile(const typename Format::Stored* source, typename Format::Stored* out,
-                   std::size_t n) {
-  double lanes[kLanes] = {};
-  for_blocks(0, n, [&](std::uint64_t at, std::size_t count) {
-    if (Copy) memcpy(out + at, source + at, count * sizeof *source);
-    add_squares<Format>(source + at, count, lanes);
+    add_squares<F32, false>(average_block(work, at, n, scratch), n, lanes, nullptr);
   });
   return sum_of(lanes);
 }
@@ -257,8 +250,10 @@ double encode(const void* source, void* out, std::uint64_t n, Dtype dtype) {
     double total = 0.0;
     for (std::uint64_t at = 0; at < n; at += kTile) {
       const std::size_t count = n - at < kTile ? n - at : kTile;
-      total += to != nullptr ? encode_tile<Format, true>(from + at, to + at, count)
-                             : encode_tile<Format, false>(from + at, nullptr, count);
+      double lanes[kLanes] = {};
+      to != nullptr ? add_squares<Format, true>(from + at, count, lanes, to + at)
+                    : add_squares<Format, false>(from + at, count, lanes, nullptr);
+      total += sum_of(lanes);
     }
     return total;
   });

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ _ITEMSIZE = (4, 2, 2)
 SEGMENT = np.dtype([("begin", "<u8"), ("count", "<u8"), ("group", "<u4"), ("param", "<u4")])
 
 MAX_THREADS = 512
+
+_FLOAT64, _INT64 = np.dtype(np.float64), np.dtype(np.int64)
+_UINT32, _UINT64 = np.dtype(np.uint32), np.dtype(np.uint64)
 
 
 class RuleFacts(NamedTuple):
@@ -67,7 +70,7 @@ def isa() -> str:
 def states_used(kernel: int, hypers: NDArray[np.float64]) -> tuple[str, ...]:
     """The states a rule touches under one row of packed hyperparameters."""
     facts = _facts(kernel)
-    _check_array(hypers, np.float64, (len(facts.hypers),), "hypers")
+    _check_array(hypers, _FLOAT64, (len(facts.hypers),), "hypers")
     used = _core.states_used(kernel, _address(hypers))
     return tuple(name for i, name in enumerate(facts.states) if used >> i & 1)
 
@@ -199,12 +202,12 @@ class Job:
                 _check_pointer(state, 4, "state")
         if not self.divisor > 0:
             raise ValueError(f"the divisor must be positive, not {self.divisor}")
-        _check_array(self.steps, np.int64, (None,), "steps")
+        _check_array(self.steps, _INT64, (None,), "steps")
         assert self.steps is not None
         if len(self.steps) < self._params:
             raise ValueError(f"{len(self.steps)} steps; segments name param {self._params - 1}")
         if facts.hypers:
-            _check_array(self.hypers, np.float64, (None, len(facts.hypers)), "hypers")
+            _check_array(self.hypers, _FLOAT64, (None, len(facts.hypers)), "hypers")
             assert self.hypers is not None
             if len(self.hypers) < self._groups:
                 raise ValueError(
@@ -303,8 +306,8 @@ def wait(
     read-only. Mail has come when the word at mail_ptr (0: none) is not mail_seen; whoever writes it
     posts the signal too. Does not return early on Ctrl-C: pass short timeouts in turn.
     """
-    _check_array(index, np.uint32, (None,), "index")
-    _check_array(targets, np.uint64, index.shape, "targets")
+    _check_array(index, _UINT32, (None,), "index")
+    _check_array(targets, _UINT64, index.shape, "targets")
     _check_pointer(signal_ptr, 4, "signal_ptr")
     if len(index):
         _check_pointer(words_ptr, 8, "words_ptr")
@@ -329,8 +332,8 @@ def post(
     signal_ptr: int, words_ptr: int, index: NDArray[np.uint32], values: NDArray[np.uint64]
 ) -> None:
     """Store words[index[i]] = values[i], then wake every waiter on the signal."""
-    _check_array(index, np.uint32, (None,), "index")
-    _check_array(values, np.uint64, index.shape, "values")
+    _check_array(index, _UINT32, (None,), "index")
+    _check_array(values, _UINT64, index.shape, "values")
     _check_pointer(signal_ptr, 4, "signal_ptr")
     if len(index):
         _check_pointer(words_ptr, 8, "words_ptr")
@@ -398,14 +401,17 @@ def _check_pointer(address: int, alignment: int, what: str) -> None:
         raise ValueError(f"{what} {address:#x} is null or not aligned to {alignment} bytes")
 
 
-def _check_array(array: object, dtype: object, shape: tuple[int | None, ...], what: str) -> None:
+def _check_array(
+    array: object, dtype: np.dtype[Any], shape: tuple[int | None, ...], what: str
+) -> None:
     """Raise ValueError unless this is a C-contiguous array of the dtype and shape (None: any)."""
     if (
-        not isinstance(array, np.ndarray)
-        or array.dtype != dtype
-        or not array.flags.c_contiguous
-        or array.ndim != len(shape)
-        or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True))
+        isinstance(array, np.ndarray)
+        and array.dtype == dtype
+        and array.flags.c_contiguous
+        and len(array.shape) == len(shape)
+        and all(want is None or want == have for want, have in zip(shape, array.shape, strict=True))
     ):
-        given = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else repr(array)
-        raise ValueError(f"{what} must be a C-contiguous array of {dtype} {shape}, not {given}")
+        return
+    given = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else repr(array)
+    raise ValueError(f"{what} must be a C-contiguous array of {dtype} {shape}, not {given}")
