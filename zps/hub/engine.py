@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +57,7 @@ class Engine:
         self._waiting: dict[tuple[int, int, int], Pushed] = {}  # by (rank, round, bucket)
         self._busy: set[tuple[int, int]] = set()  # (session, bucket) whose slot is not consumed
         self._ready: list[Update] = []
-        self._held: defaultdict[tuple[int, ...], list[Update]] = defaultdict(list)
+        self._held: defaultdict[tuple[int, ...], list[Update | None]] = defaultdict(list)
         self._posts: list[tuple[int, int]] = []  # (index into done, word)
 
     # --- members ------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ class Engine:
         self._carry_out(self.rounds.leave(rank))
         if self._policy.mode is not Mode.BSP:
             for key in [key for key in self._held if key[1:] == (rank,)]:
-                for update in self._held.pop(key):
+                for update in filter(None, self._held.pop(key)):
                     self.store.touch(update.bucket)  # its version was counted when it was decided
 
     def closed_before(self, round_: int) -> bool:
@@ -144,6 +144,8 @@ class Engine:
         pushed = self._waiting.pop((drop.rank, drop.round, drop.bucket), None)
         if pushed is not None:
             self._post(pushed, drop.bucket, _OUTCOMES.get(drop.reason, Outcome.LATE))
+            if drop.reason == "stale" and _judged_as_a_whole((pushed,)):
+                self._hold((drop.round, drop.rank), None)
 
     def _update(self, action: Apply) -> Update:
         key = (action.round, action.bucket)
@@ -161,18 +163,21 @@ class Engine:
 
     def _decide(self, update: Update) -> None:
         """Straight to the kernels, unless the verdict on the whole round comes first."""
-        first = update.contributions[0]
-        hold = any(c.hold for c in update.contributions)
-        if not hold and first.hypers.max_grad_norm is None:
+        if not _judged_as_a_whole(update.contributions):
             self._ready.append(update)
-            return
-        key: tuple[int, ...] = (update.round,)
-        if self._policy.mode is not Mode.BSP:
-            key = (update.round, first.rank)
+        elif self._policy.mode is Mode.BSP:
+            self._hold((update.round,), update)
+        else:
+            self._hold((update.round, update.contributions[0].rank), update)
+
+    def _hold(self, key: tuple[int, ...], update: Update | None) -> None:
+        """Keep an update until all of its round are here; None for a bucket that has none."""
         held = self._held[key]
         held.append(update)
         if len(held) == len(self.store.layout.buckets):
-            self._judge(sorted(self._held.pop(key), key=lambda u: u.bucket))
+            updates = [u for u in self._held.pop(key) if u is not None]
+            if updates:
+                self._judge(sorted(updates, key=lambda u: u.bucket))
 
     def _judge(self, updates: list[Update]) -> None:
         """Skip a round with a non-finite gradient for everyone; else clip it by its global norm."""
@@ -207,6 +212,11 @@ class Engine:
         self._busy.discard((pushed.session, bucket))
         index = pushed.rank * len(self.store.layout.buckets) + bucket
         self._posts.append((index, done_word(pushed.seq, outcome)))
+
+
+def _judged_as_a_whole(contributions: Sequence[Pushed]) -> bool:
+    """Whether a round's norm, or the infinities in it, decide about each of its buckets."""
+    return contributions[0].hypers.max_grad_norm is not None or any(c.hold for c in contributions)
 
 
 def _one_a_bucket(updates: list[Update]) -> tuple[list[Update], list[Update]]:
