@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from zps.launch.output import Pump
 from zps.launch.supervise import Job, Spec, Supervisor, describe, exit_code
 
 DRIVER = Path(__file__).with_name("driver.py")
@@ -64,6 +65,12 @@ def test_a_job_whose_workers_all_succeed_returns_zero_and_says_nothing(tmp_path:
     run = Run(tmp_path, "print('a')", "print('b')")
     assert (run.code, run.said) == (0, [])
     assert sorted(run.out) == ["[0] a", "[1] b"]
+
+
+def test_every_worker_leads_a_session_of_its_own(tmp_path: Path) -> None:
+    """A Ctrl-C on the terminal must reach it once, through the launcher."""
+    run = Run(tmp_path, "import os; print(os.getsid(0) == os.getpid() == os.getpgrp())")
+    assert run.out == ["[0] True"]
 
 
 def test_output_and_errors_stay_apart(tmp_path: Path) -> None:
@@ -145,15 +152,48 @@ def test_a_worker_that_ignores_sigterm_is_killed_after_the_grace_period(tmp_path
     assert run.said[1:] == ["still running after 0.1 s: rank 0; killing"]
 
 
-def test_the_last_words_of_a_worker_come_before_the_news_of_its_death(tmp_path: Path) -> None:
+def test_the_last_words_of_a_worker_come_before_the_news_of_its_death(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[str] = []
+    original = Pump.drain
+
+    def drain(pump: Pump, rank: int | None, timeout_s: float) -> bool:
+        done = original(pump, rank, timeout_s)
+        events.append(f"output of {rank}: {done}")
+        return done
+
+    monkeypatch.setattr(Pump, "drain", drain)
+    spec = Spec(0, [sys.executable, "-c", "raise SystemExit(1)"], {})
+    assert Supervisor(Job([spec]), events.append).run() == 1
+    assert events[:2] == ["output of 0: True", "rank 0 exited with code 1"]
+
+
+def test_workers_that_fail_at_the_same_moment_are_all_accounted_for(tmp_path: Path) -> None:
+    pipes = [tmp_path / "0", tmp_path / "1"]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    # Each leaves its number to the launcher and ends.
+    codes = [
+        f"import os; open({str(pipe)!r}, 'w').write(str(os.getpid())); raise SystemExit({code})"
+        for pipe, code in zip(pipes, (3, 4), strict=True)
+    ]
     said: list[str] = []
-    out = tmp_path / "out"
-    with out.open("w+b") as sink:
-        spec = Spec(0, [sys.executable, "-c", "print('x' * 3_000_000); raise SystemExit(1)"], {})
-        Supervisor(
-            Job([spec]), lambda _: said.append(out.read_text()[-2:]), sink.fileno(), sink.fileno()
-        ).run()
-    assert said == ["x\n"]
+    pids: list[int] = []
+
+    class SlowHub(FakeHub):
+        def poll(self) -> int | None:
+            """Asked before anybody is reaped: by then all have ended."""
+            if not pids:
+                pids.extend(int(pipe.read_text()) for pipe in pipes)
+                for pid in pids:
+                    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            return None
+
+    specs = [Spec(n, [sys.executable, "-c", code], {}) for n, code in enumerate(codes)]
+    job = Job(specs, SlowHub(), on_death="abort")
+    assert Supervisor(job, said.append).run() == 3
+    assert said == ["rank 0 exited with code 3; stopping the others (on_death=abort)"]
 
 
 def test_what_a_worker_has_started_ends_with_it(tmp_path: Path) -> None:
@@ -305,7 +345,7 @@ def test_a_launcher_whose_reader_is_gone_keeps_the_job() -> None:
         "import os, signal\n"
         "print('pid', os.getpid())\n"
         "signal.sigwait([signal.SIGUSR1])\n"
-        "print('x' * 1_000_000)\n"
+        "print('x\\n' * 500_000)\n"
         "raise SystemExit(5)"
     )
     block = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])\n"
