@@ -121,6 +121,31 @@ def test_on_a_terminal_rank_0_can_be_prefixed_too() -> None:
     assert on_a_terminal("--prefix-all", name).split("\r\n")[0] == "[0] 0 False"
 
 
+# hub
+
+
+def test_hub_says_where_it_serves_and_ends_cleanly_with_a_signal(tmp_path: Path) -> None:
+    runtime_dir = tmp_path / "r"
+    with subprocess.Popen(
+        [sys.executable, "-m", "zps", "hub", "--world-size", "2"],
+        env={**os.environ, "ZPS_RUNTIME_DIR": str(runtime_dir)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert line.startswith(f"zps hub: serving at ipc://{runtime_dir}/"), line
+        process.terminate()
+        assert process.wait(60) == 0, process.stderr.read()
+    assert list(runtime_dir.iterdir()) == []
+
+
+def test_hub_refuses_an_address_that_others_can_reach() -> None:
+    result = zps("hub", "--bind", "tcp://0.0.0.0:5555")
+    assert result.returncode == 2
+    assert "not a loopback address" in result.stderr
+
+
 # config
 
 

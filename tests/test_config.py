@@ -70,6 +70,11 @@ def test_zps_config_names_another_file(tmp_path: Path) -> None:
     assert settings.source("staleness") == str(other)
 
 
+def test_no_file_is_read_when_the_null_device_is_named(tmp_path: Path) -> None:
+    (tmp_path / "zps.toml").write_text('mode = "async"\n')
+    assert load({"ZPS_CONFIG": os.devnull}).mode == "bsp"
+
+
 def test_a_named_file_that_is_not_there_is_an_error() -> None:
     assert "ZPS_CONFIG='missing.toml'" in message({"ZPS_CONFIG": "missing.toml"})
 

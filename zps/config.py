@@ -1,8 +1,9 @@
 """Every setting of zps: one frozen object, and the only place that reads the environment.
 
 A setting comes from, first found wins: a keyword argument, a `ZPS_*` variable, `zps.toml` in the
-current folder (or the file that `ZPS_CONFIG` names), its default. `Settings.source` tells which.
-Everything below this file is handed a `Settings`, or the few values it needs.
+current folder (or the file that `ZPS_CONFIG` names; /dev/null for none), its default.
+`Settings.source` tells which. Everything below this file is handed a `Settings`, or the few values
+it needs.
 """
 
 from __future__ import annotations
@@ -310,7 +311,7 @@ def _read_file(cls: type[Settings], environ: Mapping[str, str]) -> tuple[str, di
     """(name, contents) of the configuration file; no file is an empty one, unless it was named."""
     named = environ.get(CONFIG_VARIABLE)
     path = Path(named or CONFIG_FILE)
-    if named and not path.is_file():
+    if named and not path.exists():
         raise ConfigError(f"{CONFIG_VARIABLE}={named!r}: there is no such file")
     try:
         values = TomlConfigSettingsSource(cls, toml_file=path)()
