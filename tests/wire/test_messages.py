@@ -33,7 +33,7 @@ EXAMPLES: list[m.Message] = [
     m.SetSteps(**SESSIONED),
     m.Barrier(**SESSIONED),
     m.Stats(**SESSIONED),
-    m.Bye(**SESSIONED),
+    m.Bye(**SESSIONED, failed=True),
     AT,
     m.Welcome(
         protocol=1, epoch=1, session=2, rank=3, world_size=4, pid=5, host="h/1", settings=SETTINGS

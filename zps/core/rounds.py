@@ -151,7 +151,15 @@ class Rounds:
 
         base  the bucket's version that the gradient was computed on
         Returns what follows, for this push and for those it sets free, in the order to do it.
-        Raises ProtocolError, without effect, for what no honest worker sends.
+        Raises ProtocolError, without effect, for what no honest worker sends: see `check`.
+        """
+        self.check(rank, round, bucket, base)
+        return self._policy.on_push(_Push(rank, round, bucket, base))
+
+    def check(self, rank: int, round: int, bucket: int, base: int) -> None:
+        """Raise ProtocolError if `on_push` would: for a push of several buckets, before the first.
+
+        What is wrong: no such bucket, a version that is still to come, a round that runs away.
         """
         if not 0 <= bucket < len(self._versions):
             raise ProtocolError(
@@ -162,7 +170,7 @@ class Rounds:
                 f"rank {rank} pushed bucket {bucket}, round {round}, computed on version {base}; "
                 f"the bucket is at version {self._versions[bucket]}"
             )
-        return self._policy.on_push(_Push(rank, round, bucket, base))
+        self._policy.check(_Push(rank, round, bucket, base))
 
     def pending(self) -> dict[tuple[int, int], tuple[int, ...]]:
         """For each (round, bucket) of which a push is kept: the ranks that it waits for."""
@@ -189,6 +197,7 @@ class _Policy(Protocol):
     def min_round(self) -> int: ...
     def join(self, rank: int, at_least: int) -> int: ...
     def leave(self, rank: int) -> list[Action]: ...
+    def check(self, push: _Push) -> None: ...
     def on_push(self, push: _Push) -> list[Action]: ...
     def pending(self) -> dict[tuple[int, int], tuple[int, ...]]: ...
     def waiting_for(self, bucket: int) -> tuple[int, ...]: ...
@@ -239,6 +248,14 @@ class _Synchronous:
             round.members.discard(rank)
         return self._settle(range(len(self._next)))
 
+    def check(self, push: _Push) -> None:
+        lowest = self._lowest(push.bucket)
+        if push.rank in self._first and push.round > lowest + MAX_AHEAD:
+            raise ProtocolError(
+                f"rank {push.rank} pushed round {push.round} while bucket {push.bucket} is still "
+                f"in round {lowest}; a worker must wait for a round before it goes on"
+            )
+
     def on_push(self, push: _Push) -> list[Action]:
         rank, round, bucket, base = push
         if rank not in self._first:
@@ -248,11 +265,6 @@ class _Synchronous:
         pushed = self._pushed[bucket].get(round, {})
         if rank in pushed:
             return push.drop("duplicate")
-        if round > self._lowest(bucket) + MAX_AHEAD:
-            raise ProtocolError(
-                f"rank {rank} pushed round {round} while bucket {bucket} is still in round "
-                f"{self._lowest(bucket)}; a worker must wait for a round before it goes on"
-            )
         if round not in self._rounds:
             self._open(round)
         self._pushed[bucket].setdefault(round, pushed)[rank] = base
@@ -376,6 +388,16 @@ class _OnArrival:
         del self._clock[rank], self._seen[rank]
         return self._release()
 
+    def check(self, push: _Push) -> None:
+        if self._bound is None or push.rank not in self._first:
+            return
+        lead = self._lead(push)
+        if lead > self._bound + MAX_AHEAD:
+            raise ProtocolError(
+                f"rank {push.rank} pushed round {push.round}, {lead} ahead of the slowest; "
+                f"a worker must wait when it is more than {self._bound} ahead"
+            )
+
     def on_push(self, push: _Push) -> list[Action]:
         rank, round, bucket, _ = push
         if rank not in self._first:
@@ -384,11 +406,6 @@ class _OnArrival:
         if round <= last:
             again = round == last and bucket in self._seen[rank]
             return push.drop("duplicate" if again else "late")
-        if self._bound is not None and self._lead(push) > self._bound + MAX_AHEAD:
-            raise ProtocolError(
-                f"rank {rank} pushed round {round}, {self._lead(push)} ahead of the slowest; "
-                f"a worker must wait when it is more than {self._bound} ahead"
-            )
         self._seen[rank][bucket] = round
         actions: list[Action] = []
         if self._may_apply(push):

@@ -11,10 +11,11 @@ import select
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import zmq
+from numpy.typing import NDArray
 
 from zps import native
 from zps.config import Settings
@@ -29,8 +30,11 @@ from zps.wire.sockets import Frame, Router
 
 log = logging.getLogger("zps.hub")
 
+N = TypeVar("N", bound=np.integer[Any])
+
 _BEAT_S = 0.5
 _POLL_BACKLOG_MS = 10
+_TURN_MESSAGES = 256  # a peer that never stops sending does not keep the others from their updates
 _MAX_TEXT = 700  # a header holds 4 KiB, and a character up to 4 bytes
 
 
@@ -66,12 +70,16 @@ class Hub:
         try:
             while not self._stopping:
                 timeout_ms = _POLL_BACKLOG_MS if self._router.backlog else int(_BEAT_S * 1000)
-                for fd, _ in self._poller.poll(timeout_ms):
+                readable = self._poller.poll(timeout_ms)
+                self._serve()  # first: what a worker sent before it died counts
+                for fd, _ in readable:
                     if fd in self._watches:
                         self._watches[fd]()
-                self._serve()
                 self._router.flush()
                 self._beat()
+        except Exception as error:
+            self.stop(f"the hub has failed: {type(error).__name__}: {error}"[:_MAX_TEXT])
+            raise
         finally:
             self._close()
 
@@ -95,7 +103,10 @@ class Hub:
 
     def _serve(self) -> None:
         """Take everything that has come; pushes that come together are applied together."""
-        while (frames := self._router.receive()) is not None:
+        for _ in range(_TURN_MESSAGES):
+            frames = self._router.receive()
+            if frames is None:
+                break
             self._asked = None
             self._guarded(frames[0], partial(self._on_message, frames[0], frames[1:]))
         self._flush()
@@ -119,9 +130,8 @@ class Hub:
                 self.stop(f"no replacement for rank {rank} came in {self.settings.timeout_s:g} s")
 
     def _close(self) -> None:
-        text = self._stopping or "the hub has failed; its log says why"
         for peer in self._roster:
-            self._deliver(peer, [m.encode(m.Closing(text=text))])
+            self._deliver(peer, [m.encode(m.Closing(text=self._stopping))])
             peer.close()
         if self._job is not None:
             self._job.close()
@@ -183,8 +193,7 @@ class Hub:
             self._on_write(peer, message, payload)
         elif isinstance(message, m.SetSteps):
             job = self._declared(peer)
-            steps = np.frombuffer(_only(payload), np.int64)
-            job.store.set_steps(steps)
+            job.store.set_steps(_array(_only(payload), np.int64))
             self._reply(peer, m.Ok(seq=message.seq))
         elif isinstance(message, m.Stats):
             self._reply(peer, m.Ok(seq=message.seq), m.pack(self.stats()))
@@ -194,15 +203,15 @@ class Hub:
     # --- joining ------------------------------------------------------------------------------
 
     def _on_hello(self, route: bytes, hello: m.Hello) -> None:
-        if not len(self._roster) and self.settings.world_size is None:
+        if self._job is None and not len(self._roster) and self.settings.world_size is None:
             self._roster = Roster(self.settings, hello.world_size)  # the first says how many
         self._roster.check(hello)
         old = self._roster.of_rank(hello.rank) if hello.rank is not None else None
         if old is not None and old.route != route and _has_ended(old):
-            self._lose(old)  # its successor was faster than the news of its death
+            self._lose(old, "its process has ended")  # its successor was faster than the news
         peer, is_new = self._roster.admit(route, hello)
         if is_new:
-            self.watch(peer.pidfd, partial(self._lose, peer))
+            self.watch(peer.pidfd, partial(self._look_after, peer))
             log.info("rank %d joined (process %d)", peer.rank, peer.pid)
         self._deliver(peer, [m.encode(self._roster.welcome(peer))])
 
@@ -210,6 +219,7 @@ class Hub:
         if peer.declared:
             raise Refused("declared", f"rank {peer.rank} has declared its parameters already")
         if self._job is None and peer.rank != 0:
+            self._stop_awaiting(peer)
             self._awaiting_rank0.append((peer, message, payload))  # rank 0's model is the model
             return
         if len(payload) != 2:
@@ -277,10 +287,9 @@ class Hub:
         if not self._roster.formed:
             raise Refused("not_formed", "a push before the initial weights were published")
         self._check_push(job, peer, push, payload)
-        rest = list(payload)
+        absent = _array(payload[-1], np.uint32).tolist() if push.absent else ()
         if push.hypers:
-            peer.hypers = job.new_hypers(rest.pop(0))
-        absent = np.frombuffer(rest.pop(0), np.uint32).tolist() if push.absent else ()
+            peer.hypers = job.new_hypers(payload[0])
         assert peer.slots is not None
         assert peer.hypers is not None
         pushed = Pushed(
@@ -303,15 +312,14 @@ class Hub:
     def _check_push(self, job: Job, peer: Peer, push: m.Push, payload: Sequence[bytes]) -> None:
         if len(payload) != push.hypers + push.absent or len(push.buckets) != len(push.bases):
             raise ProtocolError("a push whose frames do not match its header")
-        if push.absent and len(payload[-1]) % 4:
-            raise ProtocolError("a push with half an index of an absent parameter")
+        if push.absent and len(payload[-1]) > 4 * len(job.layout.params):
+            raise ProtocolError("a push with more absent parameters than there are")
         if not (0 <= push.samples < float("inf") and 0 < push.grad_scale < float("inf")):
             raise ProtocolError(f"samples={push.samples}, grad_scale={push.grad_scale}")
         if len(set(push.buckets)) != len(push.buckets):
             raise ProtocolError("a push names a bucket twice")
-        for bucket in push.buckets:
-            if bucket >= len(job.layout.buckets):
-                raise ProtocolError(f"no bucket {bucket}; there are {len(job.layout.buckets)}")
+        for bucket, base in zip(push.buckets, push.bases, strict=True):
+            job.engine.rounds.check(peer.rank, push.round, bucket, base)
             if job.engine.slot_busy(peer.session, bucket):
                 raise Refused("slot_busy", f"bucket {bucket} was pushed again before it was taken")
 
@@ -387,15 +395,20 @@ class Hub:
 
     def _on_bye(self, peer: Peer, bye: m.Bye) -> None:
         self._reply(peer, m.Ok(seq=bye.seq))
+        if bye.failed:
+            self._lose(peer, "it ends by an error")
+            return
         log.info("rank %d has finished", peer.rank)
         self._roster.members.bye(peer.rank)
         self._forget(peer)
 
-    def _lose(self, peer: Peer) -> None:
+    def _look_after(self, peer: Peer) -> None:
+        if self._roster.holds(peer) and _has_ended(peer):  # the descriptor may be another's by now
+            self._lose(peer, "its process has ended")
+
+    def _lose(self, peer: Peer, why: str) -> None:
         """A worker died: decide by policy who goes on."""
-        if not self._roster.holds(peer):
-            return
-        log.warning("rank %d is lost: its process %d has ended", peer.rank, peer.pid)
+        log.warning("rank %d (process %d) is lost: %s", peer.rank, peer.pid, why)
         members, formed = self._roster.members, self._roster.formed
         verdict = members.die(peer.rank)
         self._forget(peer, keep_waiting=formed and verdict is Verdict.WAIT)
@@ -409,7 +422,7 @@ class Hub:
         self._roster.remove(peer)
         for asked in self._collective.values():
             asked.pop(peer.rank, None)
-        self._awaiting_rank0 = [entry for entry in self._awaiting_rank0 if entry[0] is not peer]
+        self._stop_awaiting(peer)
         if keep_waiting:
             self._replace_by[peer.rank] = time.monotonic() + self.settings.timeout_s
         elif self._job is not None and peer.declared:
@@ -419,6 +432,9 @@ class Hub:
             self._end_job()
         else:
             self._finish_collectives()
+
+    def _stop_awaiting(self, peer: Peer) -> None:
+        self._awaiting_rank0 = [entry for entry in self._awaiting_rank0 if entry[0] is not peer]
 
     def _end_job(self) -> None:
         """Everyone has left: be ready for the next job."""
@@ -460,13 +476,21 @@ class Hub:
 
 
 def _has_ended(peer: Peer) -> bool:
-    return bool(select.select([peer.pidfd], [], [], 0)[0])
+    poller = select.poll()  # select() knows no descriptor above 1023
+    poller.register(peer.pidfd, select.POLLIN)
+    return bool(poller.poll(0))
 
 
 def _only(payload: Sequence[bytes]) -> bytes:
     if len(payload) != 1:
         raise ProtocolError(f"1 payload frame expected, {len(payload)} came")
     return payload[0]
+
+
+def _array(data: bytes, dtype: type[N]) -> NDArray[N]:
+    if len(data) % np.dtype(dtype).itemsize:
+        raise ProtocolError(f"{len(data)} bytes are no array of {np.dtype(dtype).name}")
+    return np.frombuffer(data, dtype)
 
 
 def _at(segment: Segment) -> m.SegmentAt:

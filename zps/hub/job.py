@@ -41,6 +41,7 @@ class Peer:
     route: bytes
     session: int
     rank: int
+    incarnation: str
     pid: int
     pidfd: int
     slots: Segment | None = None

@@ -84,20 +84,28 @@ class Roster:
     def admit(self, route: bytes, hello: m.Hello) -> tuple[Peer, bool]:
         """The worker's peer, and whether it is new; a repeated hello gets the same again.
 
-        Raises Refused for a rank that is taken or out of range.
+        Raises Refused, without effect, for a rank that is taken or out of range, for a process that
+        is not there, and for a socket that has a worker already.
         """
-        rank = self._free_rank() if hello.rank is None else hello.rank
-        answer = self.members.hello(rank, hello.incarnation)
-        if not isinstance(answer, Admitted):
-            raise Refused(answer.code, answer.text)
-        if answer.repeat:
-            return self._by_rank[rank], False
+        known = self._by_route.get(route)
+        if known is not None:
+            if known.incarnation != hello.incarnation:
+                raise Refused(
+                    "duplicate_hello", f"this socket belongs to rank {known.rank} already"
+                )
+            return known, False
         try:
             pidfd = os.pidfd_open(hello.pid)
         except OSError as error:
-            self.members.die(rank)
             raise Refused("gone", f"the hub cannot watch process {hello.pid}: {error}") from error
-        peer = Peer(route, answer.session, rank, hello.pid, pidfd)
+        rank = self._free_rank() if hello.rank is None else hello.rank
+        answer = self.members.hello(rank, hello.incarnation)
+        if not isinstance(answer, Admitted) or answer.repeat:
+            os.close(pidfd)
+            if isinstance(answer, Admitted):
+                raise Refused("duplicate_hello", f"rank {rank} said this hello over another socket")
+            raise Refused(answer.code, answer.text)
+        peer = Peer(route, answer.session, rank, hello.incarnation, hello.pid, pidfd)
         self._by_route[route] = self._by_rank[rank] = peer
         self._world_is_known = True
         return peer, True

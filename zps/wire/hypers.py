@@ -42,7 +42,10 @@ def take_members(groups: Sequence[dict[str, Any]], params: int) -> tuple[int, ..
     """
     group_of = [-1] * params
     for index, group in enumerate(groups):
-        for param in group.pop("params", ()):
+        members = group.pop("params", [])
+        if not isinstance(members, list):
+            raise ProtocolError(f"the parameters of group {index} are not a list")
+        for param in members:
             if type(param) is not int or not 0 <= param < params or group_of[param] >= 0:
                 raise ProtocolError(f"group {index} lists parameter {param!r} wrongly")
             group_of[param] = index

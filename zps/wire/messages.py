@@ -134,6 +134,7 @@ class Stats(Sessioned):
 
 class Bye(Sessioned):
     tag: ClassVar[str] = "bye"
+    failed: bool  # the worker ends by an error: to the job it has died
 
 
 # --- hub to worker ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -308,17 +309,15 @@ class Worker:
             self._session.request(m.SetSteps(**self._header(seq)), steps.tobytes())
 
     def close(self, *, goodbye: bool = True) -> None:
-        """Leave the job; the others go on without this worker. Closing twice is allowed."""
-        try:
-            self._session.check_usable()
-        except ZpsError:
-            goodbye = False
-        if goodbye:
-            try:
-                with self._session.sequenced() as seq:
-                    self._session.request(m.Bye(**self._header(seq)), timeout_s=2.0)
-            except ZpsError:
-                pass  # the hub went first, which is no concern of a worker that leaves
+        """Leave the job. Closing twice is allowed.
+
+        goodbye  True: the others go on without this worker; False: it has failed, and the setting
+                 `on_death` says what that means for them
+        """
+        # The hub may have gone first, which is no concern of a worker that leaves.
+        with contextlib.suppress(ZpsError), self._session.sequenced() as seq:
+            bye = m.Bye(**self._header(seq), failed=not goodbye)
+            self._session.request(bye, timeout_s=2.0)
         self._session.close()
         if self._link is not None:
             self._link.close()
@@ -327,8 +326,8 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(goodbye=kind is None)
 
     # --- parts --------------------------------------------------------------------------------
 
