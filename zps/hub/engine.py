@@ -144,7 +144,7 @@ class Engine:
         pushed = self._waiting.pop((drop.rank, drop.round, drop.bucket), None)
         if pushed is not None:
             self._post(pushed, drop.bucket, _OUTCOMES.get(drop.reason, Outcome.LATE))
-            if drop.reason == "stale" and _judged_as_a_whole((pushed,)):
+            if drop.reason == "stale" and self._goes_as_a_whole((pushed,)):
                 self._hold((drop.round, drop.rank), None)
 
     def _update(self, action: Apply) -> Update:
@@ -163,12 +163,21 @@ class Engine:
 
     def _decide(self, update: Update) -> None:
         """Straight to the kernels, unless the verdict on the whole round comes first."""
-        if not _judged_as_a_whole(update.contributions):
+        if not self._goes_as_a_whole(update.contributions):
             self._ready.append(update)
         elif self._policy.mode is Mode.BSP:
             self._hold((update.round,), update)
         else:
             self._hold((update.round, update.contributions[0].rank), update)
+
+    def _goes_as_a_whole(self, contributions: Sequence[Pushed]) -> bool:
+        """Whether the buckets of a round wait for one another.
+
+        They do when its norm or the infinities in it decide about all, and for a class that is to
+        step once a round, over all of its parameters.
+        """
+        clipped = contributions[0].hypers.max_grad_norm is not None
+        return clipped or self.store.steps_whole_rounds or any(c.hold for c in contributions)
 
     def _hold(self, key: tuple[int, ...], update: Update | None) -> None:
         """Keep an update until all of its round are here; None for a bucket that has none."""
@@ -212,11 +221,6 @@ class Engine:
         self._busy.discard((pushed.session, bucket))
         index = pushed.rank * len(self.store.layout.buckets) + bucket
         self._posts.append((index, done_word(pushed.seq, outcome)))
-
-
-def _judged_as_a_whole(contributions: Sequence[Pushed]) -> bool:
-    """Whether a round's norm, or the infinities in it, decide about each of its buckets."""
-    return contributions[0].hypers.max_grad_norm is not None or any(c.hold for c in contributions)
 
 
 def _one_a_bucket(updates: list[Update]) -> tuple[list[Update], list[Update]]:

@@ -142,6 +142,14 @@ class Store:
         for bucket, present in counted:
             bucket.steps += present
 
+    @property
+    def steps_whole_rounds(self) -> bool:
+        """Whether `apply` is to be given all buckets of one round: a class may look at them all.
+
+        Not when tensors are pushed one by one, as then no round is ever whole.
+        """
+        return self._foreign is not None and self.layout.fuse
+
     def touch(self, bucket: int) -> None:
         """Raise a bucket's version without a change: a round that was skipped, or held nothing."""
         self.control.seq[bucket] += 2
@@ -192,18 +200,22 @@ class Store:
         native.reduce(
             self._pool, jobs, [base + 4 * self.layout.buckets[u.bucket].begin for u in by_job]
         )
-        for update, (bucket, present) in zip(by_job, counted, strict=True):
-            hypers = update.contributions[0].hypers
-            groups = [
-                {**g, "lr": g["lr"] * update.lr_factor} if update.lr_factor != 1.0 else g
-                for g in hypers.groups
-            ]
-            self.control.seq[update.bucket] += 1  # odd: readers retry
+        parts = list(zip(by_job, counted, strict=True))
+        for part in [parts] if self.steps_whole_rounds else [[one] for one in parts]:
+            touched = [update.bucket for update, _ in part]
+            self.control.seq[touched] += 1  # odd: readers retry
             self._foreign.step(
-                [p for p, there in zip(bucket.params, present, strict=True) if there], groups
+                [
+                    param
+                    for _, (bucket, present) in part
+                    for param, there in zip(bucket.params, present, strict=True)
+                    if there
+                ],
+                _foreign_groups(part[0][0], min(update.lr_factor for update, _ in part)),
             )
-            self._publish_masters(update.bucket)
-            self.control.seq[update.bucket] += 1
+            for index in touched:
+                self._publish_masters(index)
+            self.control.seq[touched] += 1
 
     # --- weights and state as bytes -----------------------------------------------------------
 
@@ -364,3 +376,12 @@ def make_hypers(
     """Check and pack what a worker sent. Raises ConfigError naming group and field."""
     packed = rule.pack(groups) if rule is not None else np.empty((len(groups), 0))
     return Hypers(tuple(groups), packed, max_grad_norm)
+
+
+def _foreign_groups(update: Update, lr_factor: float) -> list[dict[str, Any]]:
+    """The hyperparameters of an update, with the learning rate that its staleness leaves."""
+    groups = [dict(group) for group in update.contributions[0].hypers.groups]
+    for group in groups:
+        if lr_factor != 1.0 and "lr" in group:
+            group["lr"] *= lr_factor
+    return groups

@@ -5,6 +5,7 @@ Only a hub imports this, and only when a job asks for such a rule.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -32,10 +33,13 @@ class TorchRule:
     ):
         self._params = [torch.nn.Parameter(torch.from_numpy(master)) for master in masters]
         self._gradients = [torch.from_numpy(gradient) for gradient in gradients]
+        self._told = [dict(group) for group in groups]
         members = [_as_given(group) | {"params": []} for group in groups]
         for param, group in zip(self._params, group_of, strict=True):
             members[group]["params"].append(param)
-        defaults = {name: value for name, value in _as_given(groups[0]).items() if name == "lr"}
+        # Some arguments have no default, although every group brings its own value.
+        wanted = inspect.signature(cls.__init__).parameters
+        defaults = {k: v for k, v in _as_given(groups[0]).items() if k in wanted}
         try:
             self._optimizer = cls(members, **defaults)
         except (TypeError, ValueError) as error:
@@ -43,8 +47,10 @@ class TorchRule:
 
     def step(self, present: Sequence[int], groups: Sequence[Mapping[str, Any]]) -> None:
         """Update the parameters in `present`; the gradients lie in the arrays of the start."""
-        for group, new in zip(self._optimizer.param_groups, groups, strict=True):
-            group.update(_as_given(new))
+        # Only what the workers changed: the class may keep something of its own in a group.
+        for group, new, old in zip(self._optimizer.param_groups, groups, self._told, strict=True):
+            group.update(_as_given({k: v for k, v in new.items() if k not in old or old[k] != v}))
+        self._told = [dict(group) for group in groups]
         for index in present:
             self._params[index].grad = self._gradients[index]
         self._optimizer.step()
