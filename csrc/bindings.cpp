@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -29,32 +28,8 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-const Kernels& kernels_of(const std::string& isa) {
-  for (const Target& target : targets()) {
-    if (isa == target.name) return *target.kernels;
-  }
-  throw std::invalid_argument("this CPU cannot run instruction set '" + isa + "'");
-}
-
-/// Looked up once: the guard on every use is cheaper than asking the CPU.
-const Kernels& best_kernels() {
-  static const Kernels& best = *targets().front().kernels;
-  return best;
-}
-
-const Kernels& chosen(const std::string& isa) {
-  return isa.empty() ? best_kernels() : kernels_of(isa);
-}
-
-struct Looked {
-  double sum_sq;
-  bool finite;
-};
-
-Looked encode(Address source, Address out, std::uint64_t n, Dtype dtype, const std::string& isa) {
-  const double sum_sq = chosen(isa).encode(at<const void>(source), at<void>(out), n, dtype);
-  return {sum_sq, std::isfinite(sum_sq)};
-}
+/// The kernels of one of `isas`, by its place there.
+const Kernels& kernels_of(std::size_t isa) { return *targets().at(isa).kernels; }
 
 std::vector<float*> float_pointers(const std::vector<Address>& addresses) {
   std::vector<float*> pointers;
@@ -84,34 +59,31 @@ void bind_engine(py::module_& m) {
            });
 
   m.def("apply",
-        [](Pool& pool, const Jobs& jobs, const std::string& isa) {
-          apply(pool, chosen(isa), jobs);
+        [](Pool& pool, const Jobs& jobs, std::size_t isa) {
+          apply(pool, kernels_of(isa), jobs);
         },
         NoGil());
   m.def("reduce",
         [](Pool& pool, const Jobs& jobs, const std::vector<Address>& outs,
-           const std::string& isa) { reduce(pool, chosen(isa), jobs, float_pointers(outs)); },
+           std::size_t isa) { reduce(pool, kernels_of(isa), jobs, float_pointers(outs)); },
         NoGil());
   m.def("norm_sq",
-        [](Pool& pool, const Jobs& jobs, const std::string& isa) {
-          return norm_sq(pool, chosen(isa), jobs);
+        [](Pool& pool, const Jobs& jobs, std::size_t isa) {
+          return norm_sq(pool, kernels_of(isa), jobs);
         },
         NoGil());
-  m.def("encode", [](Address source, Address out, std::uint64_t n, int dtype,
-                     const std::string& isa) {
-    Looked looked;
-    {
-      const py::gil_scoped_release no_gil;
-      looked = encode(source, out, n, static_cast<Dtype>(dtype), isa);
-    }
-    return py::make_tuple(looked.sum_sq, looked.finite);
-  });
+  m.def("encode",
+        [](Address source, Address out, std::uint64_t n, int dtype, std::size_t isa) {
+          return kernels_of(isa).encode(at<const void>(source), at<void>(out), n,
+                                        static_cast<Dtype>(dtype));
+        },
+        NoGil());
 }
 
 void bind_roofline(py::module_& m) {
   m.def("stream",
         [](Pool& pool, const std::vector<Address>& reads, const std::vector<Address>& writes,
-           std::uint64_t n, std::size_t block, const std::string& isa) {
+           std::uint64_t n, std::size_t block, std::size_t isa) {
           if (reads.size() > Streams::kMost || writes.size() > Streams::kMost) {
             throw std::invalid_argument("too many streams");
           }
@@ -121,7 +93,7 @@ void bind_roofline(py::module_& m) {
           streams.block = block;
           std::transform(reads.begin(), reads.end(), streams.reads, at<const float>);
           std::transform(writes.begin(), writes.end(), streams.writes, at<float>);
-          stream(pool, chosen(isa), streams, n);
+          stream(pool, kernels_of(isa), streams, n);
         },
         NoGil());
 }

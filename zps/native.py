@@ -8,6 +8,7 @@ GIL. What is wrong in a call is a ValueError; a pool in a forked child is Forked
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -57,14 +58,17 @@ class Waited(enum.IntEnum):
     TIMEOUT = 2
 
 
+_ISAS = _core.isas()
+
+
 def isas() -> list[str]:
     """The instruction sets this CPU can run, best first; the last is "base"."""
-    return _core.isas()
+    return list(_ISAS)
 
 
 def isa() -> str:
     """The instruction set that runs when none is named."""
-    return isas()[0]
+    return _ISAS[0]
 
 
 def states_used(kernel: int, hypers: NDArray[np.float64]) -> tuple[str, ...]:
@@ -233,7 +237,7 @@ def apply(pool: Pool, jobs: Sequence[Job], isa: str | None = None) -> None:
 
     The result is the same, bit for bit, for any number of threads and any instruction set.
     """
-    _core.apply(pool._open(), [job._load() for job in jobs], isa or "")
+    _core.apply(pool._open(), [job._load() for job in jobs], _place(isa))
 
 
 def reduce(
@@ -247,27 +251,32 @@ def reduce(
         raise ValueError(f"{len(out_ptrs)} outputs for {len(jobs)} jobs")
     for out in out_ptrs:
         _check_pointer(out, 4, "output")
-    _core.reduce(pool._open(), [job._load() for job in jobs], out_ptrs, isa or "")
+    _core.reduce(pool._open(), [job._load() for job in jobs], out_ptrs, _place(isa))
 
 
 def norm_sq(pool: Pool, jobs: Sequence[Job], isa: str | None = None) -> float:
     """Sum of squares of the averaged gradients of all jobs; parameters at step 0 count nothing."""
-    return _core.norm_sq(pool._open(), [job._load() for job in jobs], isa or "")
+    return _core.norm_sq(pool._open(), [job._load() for job in jobs], _place(isa))
 
 
 def encode(
     src_ptr: int, dst_ptr: int, n: int, dtype: int, isa: str | None = None
 ) -> tuple[float, bool]:
-    """Copy n elements; in the same pass, their sum of squares and whether all are finite."""
+    """Copy n elements; in the same pass, their sum of squares and whether all are finite.
+
+    The sum is a double, which holds the square of any float: it is finite exactly when all are.
+    """
     _check_pointer(dst_ptr, _ITEMSIZE[dtype], "dst_ptr")
     _check_pointer(src_ptr, _ITEMSIZE[dtype], "src_ptr")
-    return _core.encode(src_ptr, dst_ptr, n, dtype, isa or "")
+    sum_sq = _core.encode(src_ptr, dst_ptr, n, dtype, _place(isa))
+    return sum_sq, math.isfinite(sum_sq)
 
 
 def inspect(src_ptr: int, n: int, dtype: int, isa: str | None = None) -> tuple[float, bool]:
     """What `encode` returns, without the copy: for gradients written in place."""
     _check_pointer(src_ptr, _ITEMSIZE[dtype], "src_ptr")
-    return _core.encode(src_ptr, 0, n, dtype, isa or "")
+    sum_sq = _core.encode(src_ptr, 0, n, dtype, _place(isa))
+    return sum_sq, math.isfinite(sum_sq)
 
 
 def stream(
@@ -287,7 +296,7 @@ def stream(
         _check_pointer(pointer, 4, "stream")
     if n % 128:
         raise ValueError(f"n must be a multiple of 128, not {n}")
-    _core.stream(pool._open(), read_ptrs, write_ptrs, n, block, isa or "")
+    _core.stream(pool._open(), read_ptrs, write_ptrs, n, block, _place(isa))
 
 
 def wait(
@@ -383,6 +392,13 @@ def add_u32(ptr: int, value: int) -> int:
     """Add to a shared word, wrapping, and return its new value."""
     _check_pointer(ptr, 4, "ptr")
     return _core.add_u32(ptr, value) & 0xFFFFFFFF
+
+
+def _place(isa: str | None) -> int:
+    """Where the core lists this instruction set; None is the best."""
+    if isa is not None and isa not in _ISAS:
+        raise ValueError(f"this CPU cannot run the instruction set {isa!r}, only {_ISAS}")
+    return 0 if isa is None else _ISAS.index(isa)
 
 
 def _facts(kernel: int) -> RuleFacts:

@@ -8,11 +8,8 @@ namespace zps {
 
 enum class Dtype : std::uint32_t { kF32, kBf16, kF16 };
 
-constexpr std::uint64_t size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
-
 enum class Rule : std::uint32_t { kSum, kMean, kAssign, kAdd, kSgd, kAdam, kAdagrad, kRmsprop, kLion };
 
-constexpr int kRules = 9;
 constexpr int kMaxStates = 4;
 
 /// A piece of one parameter inside a bucket. Offsets count elements from the bucket's first.

@@ -125,6 +125,35 @@ def test_builtin_rules(isa):
     np.testing.assert_array_equal(results["add"], total + np.float32(100))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"scales": [0.3]},
+        {"divisor": 3.0},
+        {"divisor": 4.0},
+        {"coef": 0.7},
+        {"dc_lambda": 0.1},
+    ],
+)
+def test_a_lone_contribution_is_scaled_divided_clipped_and_compensated_too(changes, isa):
+    n = native.TILE + 5
+    weights, slot, base = np.random.default_rng(5).standard_normal((3, n)).astype(np.float32)
+    bucket = Bucket("sgd", weights, [slot], states=[None])
+    bucket.job.hypers = rule("sgd").pack([{"lr": 1.0}])
+    for name, value in changes.items():
+        setattr(bucket.job, name, value)
+    dc = None
+    if "dc_lambda" in changes:
+        bucket.job.base_ptr = base.ctypes.data
+        dc = (changes["dc_lambda"], weights, base)
+    options = {name: value for name, value in changes.items() if name != "dc_lambda"}
+    expected = weights - average([slot], **options, dc=dc)
+    native.apply(native.Pool(1), [bucket.job], isa)
+    np.testing.assert_array_equal(bucket.master.values, expected)
+
+
 def test_each_segment_has_its_own_group_and_step():
     n, options = 96, [{"lr": 0.1, "momentum": 0.9}, {"lr": 0.5, "weight_decay": 0.1}]
     segments = [(0, 30, 1, 0), (32, 20, 0, 1), (64, 32, 0, 2)]
