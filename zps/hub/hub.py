@@ -218,10 +218,6 @@ class Hub:
     def _on_declare(self, peer: Peer, message: m.Declare, payload: Sequence[bytes]) -> None:
         if peer.declared:
             raise Refused("declared", f"rank {peer.rank} has declared its parameters already")
-        if self._job is None and peer.rank != 0:
-            self._stop_awaiting(peer)
-            self._awaiting_rank0.append((peer, message, payload))  # rank 0's model is the model
-            return
         if len(payload) != 2:
             raise ProtocolError(f"a declaration has 2 payload frames, not {len(payload)}")
         declared = Declaration.read(
@@ -229,6 +225,10 @@ class Hub:
         )
         if declared.layout.hash != message.layout_hash:
             raise ProtocolError("the layout does not match its hash")
+        if self._job is None and peer.rank != 0:
+            self._stop_awaiting(peer)
+            self._awaiting_rank0.append((peer, message, payload))  # rank 0's model is the model
+            return
         if self._job is None:
             self._job = Job.open(
                 declared,
