@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ class GradientStream:
         # In the first round nothing leaves early: by its end it is known whether this loop changes
         # gradients before the step (clipping, a GradScaler), which must then stay possible.
         self._streaming = False
+        self._cut_short = False
         self._begin()
 
     def hook_all(self) -> None:
@@ -84,6 +86,10 @@ class GradientStream:
         finite       False: this worker found infinities itself; the round is to be skipped
         Raises GradientModified, NonFiniteGradient, WaitTimeout, HubLost.
         """
+        with self._noting_errors():
+            return self._finish(in_place_ok, finite)
+
+    def _finish(self, in_place_ok: bool, finite: bool) -> tuple[Outcome, ...]:
         if not in_place_ok:
             self._check_unmodified()
         elif self._left:
@@ -104,11 +110,24 @@ class GradientStream:
         self._begin()
         return tuple(outcome for work in works for outcome in work.outcomes)
 
-    def abandon(self) -> None:
-        """Close a round that an error cut short: the others are not to wait for the rest of it."""
+    def forget(self) -> None:
+        """The gradients are about to be cleared: begin the round anew.
+
+        If an error cut it short when part of it had left, the rest follows as nothing, so that the
+        others need not wait for it. Raises GradientModified if what left was not to be stepped.
+        """
+        if self._works and not self._cut_short:
+            self._cut_short = True
+            raise GradientModified(
+                f"zero_grad() on rank {self._worker.rank} came between backward and step, when "
+                "gradients had left for the hub. Put a backward that is not followed by a step in "
+                "`with opt.no_sync():`, or use overlap=False"
+            )
         buckets = [int(b) for b in np.flatnonzero(~self._pushed)]
         if self._works and buckets:
-            self._works.append(self._worker.push_buckets(buckets, PushInfo(samples=0.0)))
+            nothing = replace(self._info(False, True), samples=0.0)
+            self._works.append(self._worker.push_buckets(buckets, nothing))
+            self._pushed[buckets] = True
         for work in self._works:
             work.wait()
         self._begin()
@@ -121,10 +140,23 @@ class GradientStream:
         self._missing = self._sizes.copy()
         self._pushed = np.zeros(len(self._sizes), bool)
         self._works: list[Work] = []
+        self._cut_short = False  # an error came between the first gradient and the step
+
+    @contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._cut_short = True
+            raise
 
     def _on_ready(self, index: int) -> None:
         if self._paused or self._worker.closed:  # the model outlives the job
             return
+        with self._noting_errors():
+            self._take(index)
+
+    def _take(self, index: int) -> None:
         name, param = self._params[index]
         assert param.grad is not None
         if not self._streaming:
@@ -174,14 +206,7 @@ class GradientStream:
             return
         info = self._info(not self._works, finite)
         if absent:
-            info = PushInfo(
-                samples=info.samples,
-                grad_scale=info.grad_scale,
-                finite=info.finite,
-                hold=info.hold,
-                hypers=info.hypers,
-                absent=np.array(absent, np.uint32),
-            )
+            info = replace(info, absent=np.array(absent, np.uint32))
         self._works.append(self._worker.push_buckets(buckets, info))
         self._pushed[buckets] = True
 
