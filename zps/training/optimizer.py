@@ -113,10 +113,13 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; also ends a round that an error cut short, so that nobody waits for it."""
-        if self._stream.round_is_open:
-            self._stream.abandon()
-        self._stream.hook_all()
+        """As torch's; also ends a round that an error cut short, so that nobody waits for it.
+
+        Raises GradientModified when gradients that have left would be cleared without a step.
+        """
+        if not self._worker.closed:
+            self._stream.forget()
+            self._stream.hook_all()
         super().zero_grad(set_to_none)
 
     @contextmanager
