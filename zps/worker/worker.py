@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,8 @@ from zps.errors import (
     HubUnreachable,
     LayoutError,
     NotDeclared,
+    RankOutOfRange,
+    TensorMismatch,
     UnknownName,
     ZpsError,
 )
@@ -68,12 +70,15 @@ class Worker:
             raise ConfigError(f"{len(addresses)} hubs are named; this version uses one")
         rank = settings.rank if rank is None else rank
         world_size = settings.world_size if world_size is None else world_size
+        if (rank is not None and rank < 0) or (world_size is not None and world_size < 1):
+            raise RankOutOfRange(f"rank {rank} of {world_size} workers: ranks count from 0")
         self._session = Session(addresses[0], settings, rank, world_size)
         self.settings = settings.replace(**self._agreed())
         self.rank = self._session.rank
         self.world_size = self._session.world_size
         self._link: ShmLink | None = None
         self._layout: Layout | None = None
+        self._at_close: list[Callable[[], None]] = []
 
     def _agreed(self) -> dict[str, Any]:
         """The hub's values of the shared settings."""
@@ -144,9 +149,14 @@ class Worker:
     ) -> None:
         """Make rank 0's values the truth for everyone. Every worker has to call it.
 
-        None: on rank 0, what its `weights` hold now.
+        None: on rank 0, what its `weights` hold now. Raises UnknownName, TensorMismatch; then
+        nothing has been written, and the others go on waiting.
         """
         link, layout = self._declared()
+        for name, value in (tensors or {}).items():
+            _check_shape(layout.params[self._index(name)], value)
+        for name, value in (extras or {}).items():
+            _check_shape(layout.extras[self._extra_index(name)], value)
         if self._published:
             self.barrier()  # nobody may be reading what rank 0 is about to write
         if self.rank == 0:
@@ -183,7 +193,7 @@ class Worker:
     def extra(self, name: str) -> torch.Tensor:
         """The shared copy of an extra, as rank 0 last published it."""
         link, layout = self._declared()
-        index = layout.extra_index[name]
+        index = self._extra_index(name)
         return _tensor(link.weights.bytes, layout.extra_bytes[index], layout.extras[index])
 
     def push(self, what: What, *, samples: float = 1.0) -> Work:
@@ -260,8 +270,12 @@ class Worker:
     @property
     def aliased(self) -> bool:
         """Whether `weights` are views of the hub's memory: see the setting `pull`."""
-        s = self.settings
-        return s.pull == "alias" or (s.pull == "auto" and s.mode == "bsp" and s.quorum == 1)
+        return self.settings.pull == "alias" or (self.settings.pull == "auto" and self.in_step)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether every round ends for all workers at once, with the gradients of all of them."""
+        return self.settings.mode == "bsp" and self.settings.quorum == 1
 
     @property
     def closed(self) -> bool:
@@ -314,6 +328,9 @@ class Worker:
         goodbye  True: the others go on without this worker; False: it has failed, and the setting
                  `on_death` says what that means for them
         """
+        calls, self._at_close = self._at_close, []
+        for call in calls if goodbye else ():
+            call()
         # The hub may have gone first, which is no concern of a worker that leaves.
         with contextlib.suppress(ZpsError), self._session.sequenced() as seq:
             bye = m.Bye(**self._header(seq), failed=not goodbye)
@@ -322,6 +339,10 @@ class Worker:
         if self._link is not None:
             self._link.close()
             self._link = None
+
+    def at_close(self, call: Callable[[], None]) -> None:
+        """Have `call` made when this worker leaves in peace, while nobody writes what it reads."""
+        self._at_close.append(call)
 
     def __enter__(self) -> Worker:
         return self
@@ -353,6 +374,14 @@ class Worker:
                 f"rank {self.rank} has declared no tensor {name!r}; there are {list(layout.index)}"
             )
         return index
+
+    def _extra_index(self, name: str) -> int:
+        known = self.layout.extra_index
+        if name not in known:
+            raise UnknownName(
+                f"rank {self.rank} has declared no extra {name!r}; there are {list(known)}"
+            )
+        return known[name]
 
     def _view(self, arena: NDArray[np.uint8], index: int) -> torch.Tensor:
         layout = self._layout
@@ -400,6 +429,13 @@ class Worker:
 
 def _params(tensors: Mapping[str, torch.Tensor]) -> list[Param]:
     return [Param(name, tuple(t.shape), dtype_name(t)) for name, t in tensors.items()]
+
+
+def _check_shape(param: Param, value: torch.Tensor) -> None:
+    if tuple(value.shape) != param.shape:
+        raise TensorMismatch(
+            f"{param.name!r} was declared as {param.shape}, and {tuple(value.shape)} is published"
+        )
 
 
 def _indices(names: Iterable[str], layout: Layout) -> list[int]:
