@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -74,10 +75,13 @@ class Optimizer(torch.optim.Optimizer):
         self._sent = b""
         self._declare()
         self._adopt()
+        self._take_over_state(optimizer)
         self._stream = GradientStream(
             self._worker, self._params, overlap=overlap, info=self._push_info
         )
         self._stream.hook_all()
+        release = weakref.WeakMethod(self._release)
+        self._worker.at_close(lambda: (own := release()) and own())
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -212,6 +216,14 @@ class Optimizer(torch.optim.Optimizer):
         self._remember_weights()
 
     @torch.no_grad()
+    def _release(self) -> None:
+        """The worker leaves: the model keeps its weights, in memory that nobody else writes."""
+        if self._apply == "hub" and self._worker.aliased:
+            for _, param in self._params:
+                param.data = param.data.clone()
+            self._versions = self._seen_weights()
+
+    @torch.no_grad()
     def _copy_followers(self) -> None:
         for name, tensor in self._followers.items():
             tensor.copy_(self._worker.extra(name))
@@ -259,16 +271,23 @@ class Optimizer(torch.optim.Optimizer):
             torch.nn.utils.clip_grad_norm_(params, self._max_grad_norm)
         self._wrapped.step()
 
+    def _seen_weights(self) -> list[tuple[int, int]]:
+        """What changes when somebody writes to a parameter, or puts other memory in its place."""
+        return [(param._version, param.data_ptr()) for _, param in self._params]
+
     def _remember_weights(self) -> None:
-        self._versions = [(p._version, p.data_ptr()) for _, p in self._params]
+        self._versions = self._seen_weights()
         steps, layout = self._worker.link.steps, self._worker.layout
         self._applied = [int(steps[layout.pieces_of(i)[0]]) for i in range(len(self._params))]
 
     def _check_weights(self) -> None:
         if self._apply == "worker":
             return
-        for (name, param), known in zip(self._params, self._versions, strict=True):
-            if (param._version, param.data_ptr()) != known:
+        now = self._seen_weights()
+        if now == self._versions:
+            return
+        for (name, _), seen, known in zip(self._params, now, self._versions, strict=True):
+            if seen != known:
                 raise WeightsModified(
                     f"the parameter {name!r} was written on rank {self._worker.rank}, but the hub "
                     "holds the weights: call opt.publish() on every worker after loading or "
