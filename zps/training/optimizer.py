@@ -140,8 +140,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         tensors = dict(self._params) if self._apply == "hub" else {}
         self._worker.publish(tensors, self._followers)
-        self._copy_followers()
-        self._remember_weights()
+        self._adopt()  # also where `param.data = ...` had put other memory in its place
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only before the job has begun: the layout is fixed once it is declared."""
@@ -232,6 +231,8 @@ class Optimizer(torch.optim.Optimizer):
         return self._max_grad_norm if self._apply == "hub" else None
 
     def _push_info(self, first: bool, finite: bool) -> PushInfo:
+        if first:
+            self._check_weights()  # before anything has left, so that the round can begin anew
         scale = getattr(self, "grad_scale", None)
         hold = hasattr(self, "found_inf") or self._worker.settings.nonfinite == "skip"
         return PushInfo(
