@@ -64,6 +64,10 @@ class Optimizer(torch.optim.Optimizer):
         self.samples = 1.0
         self._worker = current() if worker is None else worker
         self._wrapped = optimizer
+        if apply == "worker" and not self._worker.in_step:
+            raise ConfigError(
+                "apply='worker' needs mode='bsp' and quorum=1: every worker steps on the same mean"
+            )
         self._apply = apply
         self._max_grad_norm = max_grad_norm
         self._params = _named(optimizer, model)
@@ -246,14 +250,16 @@ class Optimizer(torch.optim.Optimizer):
     def _changed_hypers(self) -> bytes | None:
         if self._apply == "worker":
             return None
-        data = pack_hypers(self._spec.hypers(self.param_groups), self._hub_norm())
+        groups = self._spec.hypers(self.param_groups)
+        data = pack_hypers(groups, self._hub_norm())
         if data == self._sent:
             return None
-        self._sent = data
+        self._sent, self._told = data, groups
         return data
 
     def _step_here(self) -> None:
         """apply="worker": the averaged gradients become this worker's own, and it steps."""
+        self._worker.refresh()
         steps, layout = self._worker.link.steps, self._worker.layout
         for index, (name, param) in enumerate(self._params):
             applied = int(steps[layout.pieces_of(index)[0]])
@@ -266,7 +272,6 @@ class Optimizer(torch.optim.Optimizer):
                 param.grad = mean.clone()
             else:
                 param.grad.copy_(mean)
-        self._worker.refresh()
         if self._max_grad_norm is not None:
             params = [param for _, param in self._params if param.grad is not None]
             torch.nn.utils.clip_grad_norm_(params, self._max_grad_norm)
