@@ -188,6 +188,8 @@ class Optimizer(torch.optim.Optimizer):
         self._wrapped.param_groups = self.param_groups
         states = self._by_param(state_dict)
         self.state = defaultdict(dict)
+        hub_state.check(self._worker, self._spec, states)  # on every rank, so that none waits
+        self._told = self._spec.hypers(self.param_groups)
         if self._worker.rank == 0:
             hub_state.store(self._worker, self._spec, states, self._states_used())
         self._worker.barrier()
@@ -198,6 +200,7 @@ class Optimizer(torch.optim.Optimizer):
         groups = self._spec.hypers(self.param_groups)
         if self._apply == "worker":
             groups = [{} for _ in self.param_groups]
+        self._told = groups
         names = {id(param): name for name, param in self._params}
         members = [[names[id(p)] for p in group["params"]] for group in self.param_groups]
         self._worker.declare(
@@ -208,6 +211,16 @@ class Optimizer(torch.optim.Optimizer):
             max_grad_norm=self._hub_norm(),
             fuse=True,
         )
+
+    def _take_over_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """What rank 0's optimizer had before it was wrapped, as after loading a checkpoint."""
+        if self._apply == "worker":
+            return
+        states = [dict(optimizer.state.get(param, {})) for _, param in self._params]
+        if self._worker.rank == 0 and hub_state.has_stepped(states):
+            hub_state.check(self._worker, self._spec, states)
+            hub_state.store(self._worker, self._spec, states, self._states_used())
+        self._worker.barrier()
 
     @torch.no_grad()
     def _adopt(self) -> None:
@@ -301,13 +314,13 @@ class Optimizer(torch.optim.Optimizer):
                 )
 
     def _states_used(self) -> list[set[str]]:
+        """The states of each parameter that the hub has, by the options it was last told."""
         if not self._spec.native:
             return [set() for _ in self._params]
         rule = registry.rule(self._spec.name)
-        groups = self._spec.hypers(self.param_groups)
         used = {
             id(param): set(rule.state_used(hypers))
-            for group, hypers in zip(self.param_groups, groups, strict=True)
+            for group, hypers in zip(self.param_groups, self._told, strict=True)
             for param in group["params"]
         }
         return [used[id(param)] for _, param in self._params]
