@@ -52,14 +52,13 @@ def fetch(
 def store(worker: Worker, spec: RuleSpec, states: list[State], used: list[set[str]]) -> None:
     """Replace the hub's state by `states`, one a parameter; an empty one is as before any step.
 
-    One worker does this while the others wait. Raises TensorMismatch for a state of another shape.
+    One worker does this while the others wait, with states that `check` has found good.
     """
     if not spec.native:
         for index, state in enumerate(states):
             worker.write("foreign", index, encode_state(state))
         return
     layout = worker.layout
-    _check(states, layout.params)
     for name in sorted(set().union(*used)) if used else ():
         for bucket in layout.buckets:
             data = np.zeros(bucket.count, np.float32)
@@ -71,19 +70,27 @@ def store(worker: Worker, spec: RuleSpec, states: list[State], used: list[set[st
                     part = flat[piece.param_begin :][: piece.count]
                     data[at : at + piece.count] = part.numpy()
             worker.write("state", bucket.index, data.tobytes(), name)
-    worker.set_steps(np.array([_steps(spec, state) for state in states], np.int64))
+    worker.set_steps(np.array([_steps(state) for state in states], np.int64))
 
 
-def _steps(spec: RuleSpec, state: Mapping[str, Any]) -> int:
+def _steps(state: Mapping[str, Any]) -> int:
     if "step" in state:
         return int(state["step"])
     return int(any(isinstance(value, torch.Tensor) for value in state.values()))
 
 
-def _check(states: list[State], params: Any) -> None:
-    for state, param in zip(states, params, strict=True):
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor) and name != "step" and value.shape != param.shape:
+def has_stepped(states: list[State]) -> bool:
+    """Whether there is anything in `states` but what an optimizer starts with."""
+    return any(_steps(state) for state in states)
+
+
+def check(worker: Worker, spec: RuleSpec, states: list[State]) -> None:
+    """Raise TensorMismatch for a state that is not shaped like its parameter."""
+    names = set(spec.states())  # a foreign class knows itself what shapes it wants
+    for state, param in zip(states, worker.layout.params, strict=True):
+        for name in names & state.keys():
+            value = state[name]
+            if isinstance(value, torch.Tensor) and value.shape != param.shape:
                 raise TensorMismatch(
                     f"the state {name!r} of {param.name!r} is {tuple(value.shape)}, "
                     f"but the parameter is {param.shape}"
