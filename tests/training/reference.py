@@ -83,14 +83,17 @@ def train(
     return steps_in_hub(opt, range(rounds), rank=ctx.rank)
 
 
-def assert_close(mine: Tensors, theirs: Tensors, what: object = "") -> None:
-    """Every tensor within 1e-6 of the other, relative to its largest element."""
+def assert_close(mine: Tensors, theirs: Tensors, what: object = "", *, floor: float = 0.0) -> None:
+    """Every tensor within 1e-6 of the other, relative to its largest element.
+
+    floor  of that largest element: for states, in which gradients of order 1 may cancel
+    """
     assert len(mine) == len(theirs)
     for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
         assert a.shape == b.shape, (what, index)
         if a.numel():
             error = (a.double() - b.double()).abs().max().item()
-            limit = 1e-6 * b.double().abs().max().item()
+            limit = 1e-6 * max(floor, b.double().abs().max().item())
             assert error <= limit, f"{what} tensor {index}: off by {error:.3g}, over {limit:.3g}"
 
 
