@@ -31,9 +31,10 @@ LR = 0.5
 class Pair:
     """A job of two: rank 0 is a good worker, rank 1 is whatever the test makes of it."""
 
-    def __init__(self, worker: Worker, raw: Raw):
+    def __init__(self, worker: Worker, raw: Raw, attach: m.Attach):
         self.worker = worker
         self.raw = raw
+        self.attach = attach
         self.round = 0
 
     def weights(self) -> torch.Tensor:
@@ -83,11 +84,11 @@ def pair(hub: str, raw: Raw) -> Iterator[Pair]:
         stack.enter_context(worker)
         tensors = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
         join = {"rank": 1, "world_size": 2, "job": "hostile"}
-        at_once(
+        _, attach = at_once(
             lambda: worker.declare(tensors, "sgd", lr=LR),
             lambda: raw.join(SHAPES, "sgd", hypers={"lr": LR}, **join),
         )
-        pair = Pair(worker, raw)
+        pair = Pair(worker, raw, attach)
         pair.finish_round()
         yield pair
 
@@ -173,11 +174,6 @@ BAD: dict[str, tuple[Bad, str, str]] = {
     "half a step count": (request("set_steps", b"abc"), "ProtocolError", "3 bytes are no array"),
     "a step count too few": (request("set_steps", bytes(8)), "ProtocolError", "2 step counts"),
     "steps below zero": (request("set_steps", b"\xff" * 16), "ProtocolError", "2 step counts"),
-    "a declaration again": (
-        lambda raw: raw.declaration(SHAPES, "sgd", {"lr": LR}),
-        "declared",
-        "has declared its parameters already",
-    ),
     "an old epoch": (
         lambda raw: ({**raw.push(round=1, bases=[1]), "epoch": raw.epoch - 1},),
         "old_session",
@@ -230,6 +226,14 @@ def test_a_stranger_is_refused_and_nothing_changes(hub: str, pair: Pair, name: s
         assert answer.code == "no_session"
         assert "say hello first" in answer.text
         stranger.session = 0  # it has no goodbye to say
+
+
+def test_a_declaration_that_comes_again_is_answered_again_and_changes_nothing(pair: Pair) -> None:
+    with pair.unchanged():
+        pair.raw.send(*pair.raw.declaration(SHAPES, "sgd", {"lr": 7.0}))
+        attach = pair.raw.expect(m.Attach)
+        assert attach.formed
+        assert attach.slots == pair.attach.slots
 
 
 # --- pushes that come twice ---------------------------------------------------------------------

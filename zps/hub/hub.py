@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from zps.hub.roster import Roster
 from zps.hub.store import Pushed
 from zps.memory.segment import Segment
 from zps.wire import messages as m
-from zps.wire.sockets import Frame, Router
+from zps.wire.sockets import Frame, Router, readable
 
 log = logging.getLogger("zps.hub")
 
@@ -98,7 +97,7 @@ class Hub:
         self._job: Job | None = None
         self._collective: dict[str, dict[int, int]] = {"publish": {}, "barrier": {}}
         self._awaiting_rank0: list[tuple[Peer, m.Declare, Sequence[bytes]]] = []
-        self._entering: list[tuple[Peer, int, int]] = []  # (newcomer, its request, first round)
+        self._entering: list[tuple[Peer, int]] = []  # (newcomer, its request)
         self._replace_by: dict[int, float] = {}  # dead rank -> until when the others wait for it
 
     def _serve(self) -> None:
@@ -124,7 +123,7 @@ class Hub:
             return
         self._last_beat = now
         if self._job is not None:
-            self._job.control.beat(int(now * 1e9))
+            self._job.control.beat(time.monotonic_ns())
         for rank, deadline in self._replace_by.items():
             if now > deadline:
                 self.stop(f"no replacement for rank {rank} came in {self.settings.timeout_s:g} s")
@@ -207,7 +206,7 @@ class Hub:
             self._roster = Roster(self.settings, hello.world_size)  # the first says how many
         self._roster.check(hello)
         old = self._roster.of_rank(hello.rank) if hello.rank is not None else None
-        if old is not None and old.route != route and _has_ended(old):
+        if old is not None and old.route != route and readable(old.pidfd):
             self._lose(old, "its process has ended")  # its successor was faster than the news
         peer, is_new = self._roster.admit(route, hello)
         if is_new:
@@ -216,8 +215,6 @@ class Hub:
         self._deliver(peer, [m.encode(self._roster.welcome(peer))])
 
     def _on_declare(self, peer: Peer, message: m.Declare, payload: Sequence[bytes]) -> None:
-        if peer.declared:
-            raise Refused("declared", f"rank {peer.rank} has declared its parameters already")
         if len(payload) != 2:
             raise ProtocolError(f"a declaration has 2 payload frames, not {len(payload)}")
         declared = Declaration.read(
@@ -238,23 +235,26 @@ class Hub:
                 pool=self._pool,
                 resolve=self._resolve_rule,
             )
+            self._job.control.beat(time.monotonic_ns())
         self._job.check_same(declared, f"rank {peer.rank}")
-        self._attach(self._job, peer, message.seq, declared)
+        if not peer.declared:  # else it asks again, because the answer came too late for it
+            self._attach(self._job, peer, declared)
+        self._entering = [entry for entry in self._entering if entry[0] is not peer]
+        self._entering.append((peer, message.seq))
+        self._let_in(self._job)
         waiting, self._awaiting_rank0 = self._awaiting_rank0, []
         for other, declare, frames in waiting:
             self._asked = declare.seq
             self._guarded(other.route, partial(self._on_declare, other, declare, frames))
 
-    def _attach(self, job: Job, peer: Peer, seq: int, declared: Declaration) -> None:
+    def _attach(self, job: Job, peer: Peer, declared: Declaration) -> None:
         nbytes = job.layout.arena_bytes * (2 if self._keeps_base else 1)
         peer.slots = Segment.create(f"slots-{peer.rank}", nbytes)
         peer.hypers = declared.hypers
         self._roster.members.declared(peer.rank)
-        job.control.mail[peer.rank] = 0  # counts the messages of this session, the next one first
         if self._replace_by.pop(peer.rank, None) is not None:
             job.engine.leave(peer.rank)  # the one before it, for whom the round was kept open
-        self._entering.append((peer, seq, job.engine.join(peer.rank)))
-        self._let_in(job)
+        peer.first_round = job.engine.join(peer.rank)
 
     def _let_in(self, job: Job) -> None:
         """Answer newcomers once the rounds they are not part of have closed.
@@ -262,12 +262,13 @@ class Hub:
         A worker that reads weights in place would otherwise compute on half a round.
         """
         waiting, self._entering = self._entering, []
-        for peer, seq, first_round in waiting:
+        for peer, seq in waiting:
             if not self._roster.holds(peer) or peer.slots is None:
                 continue  # it died while it waited
-            if self._roster.formed and not job.engine.closed_before(first_round):
-                self._entering.append((peer, seq, first_round))
+            if self._roster.formed and not job.engine.closed_before(peer.first_round):
+                self._entering.append((peer, seq))
                 continue
+            job.control.mail[peer.rank] = 0  # counts from here, this answer first
             self._reply(
                 peer,
                 m.Attach(
@@ -275,7 +276,7 @@ class Hub:
                     control=_at(job.control.segment),
                     weights=_at(job.store.weights),
                     slots=_at(peer.slots),
-                    first_round=first_round,
+                    first_round=peer.first_round,
                     formed=self._roster.formed,
                 ),
             )
@@ -381,10 +382,17 @@ class Hub:
             "formed": roster.formed,
             "live": list(roster.members.live),
             "missing": [] if roster.formed else self._missing(),
-            "waiting_for": list(job.engine.waiting_for()) if job else [],
+            "waiting_for": sorted(self._awaited()),
             "versions": sum(job.engine.rounds.versions) if job else 0,
             "counters": dict(job.engine.counters) if job else {},
         }
+
+    def _awaited(self) -> set[int]:
+        """The ranks whose gradients an open round needs, or who have yet to come to a barrier."""
+        ranks = set(self._job.engine.waiting_for()) if self._job else set()
+        for asked in self._collective.values():
+            ranks |= set(self._roster.needed()) - set(asked) if asked else set()
+        return ranks
 
     def _missing(self) -> list[int]:
         """The ranks that formation waits for."""
@@ -403,7 +411,7 @@ class Hub:
         self._forget(peer)
 
     def _look_after(self, peer: Peer) -> None:
-        if self._roster.holds(peer) and _has_ended(peer):  # the descriptor may be another's by now
+        if self._roster.holds(peer) and readable(peer.pidfd):  # it may be another's by now
             self._lose(peer, "its process has ended")
 
     def _lose(self, peer: Peer, why: str) -> None:
@@ -473,12 +481,6 @@ class Hub:
             self._deliver(peer, refusal)
         else:
             self._router.send(route, refusal)
-
-
-def _has_ended(peer: Peer) -> bool:
-    poller = select.poll()  # select() knows no descriptor above 1023
-    poller.register(peer.pidfd, select.POLLIN)
-    return bool(poller.poll(0))
 
 
 def _only(payload: Sequence[bytes]) -> bytes:

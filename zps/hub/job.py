@@ -46,6 +46,7 @@ class Peer:
     pidfd: int
     slots: Segment | None = None
     hypers: Hypers | None = None
+    first_round: int = 0
     last_seq: int = 0
     last_reply: list[Frame] = field(default_factory=list)
 

@@ -9,7 +9,6 @@ import ipaddress
 import json
 import logging
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -20,14 +19,14 @@ from typing import IO, Any
 
 import zmq
 
-from zps.config import Settings
+from zps.config import CONFIG_VARIABLE, Settings
 from zps.errors import ConfigError, HubUnreachable, ZpsError
 from zps.hub.hub import Hub
 from zps.hub.store import ForeignFactory
 from zps.optim import registry
 from zps.optim.base import Rule
 from zps.wire.address import IpcHome, home_of, parse, sweep_home
-from zps.wire.sockets import Router
+from zps.wire.sockets import Router, readable
 
 log = logging.getLogger("zps.hub")
 
@@ -68,7 +67,7 @@ def run(
     finally:
         if home is not None:
             home.release()
-        context.term()
+        context.destroy(linger=0)  # also after a start that failed half-way
 
 
 class RuleResolver:
@@ -115,6 +114,7 @@ class HubProcess:
         """Start a hub and wait until it serves; raises HubUnreachable with its reason."""
         env = {name: value for name, value in os.environ.items() if not name.startswith("ZPS_")}
         env |= settings.replace(hub=None, rank=None).to_env()
+        env[CONFIG_VARIABLE] = os.devnull  # all that counts is in `settings`, whatever lies about
         read_fd, write_fd = os.pipe()
         command = [sys.executable, "-m", "zps.hub.process", "--status-fd", str(write_fd)]
         command += ["--parent", str(os.getpid())]
@@ -122,7 +122,12 @@ class HubProcess:
         command += ["--token", token] if token else []
         try:
             popen = subprocess.Popen(
-                command, env=env, pass_fds=[write_fd], stdin=subprocess.DEVNULL, stderr=stderr
+                command,
+                env=env,
+                pass_fds=[write_fd],
+                stdin=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,  # signals of the terminal are for its parent
             )
         finally:
             os.close(write_fd)
@@ -186,7 +191,7 @@ class HubProcess:
                 if seen["event"] == event:
                     return seen
             left = max(0.0, deadline - time.monotonic())
-            if self._status_fd < 0 or not select.select([self._status_fd], [], [], left)[0]:
+            if self._status_fd < 0 or not readable(self._status_fd, left):
                 return None
             data = os.read(self._status_fd, 65536)
             if not data:  # it has ended
@@ -201,11 +206,18 @@ class HubProcess:
 def _check_bind(address: str) -> None:
     scheme, rest = parse(address)
     host = rest.rpartition(":")[0].strip("[]")
-    if scheme == "tcp" and not (host == "localhost" or ipaddress.ip_address(host).is_loopback):
+    if scheme == "tcp" and not _is_loopback(host):
         raise ConfigError(
             f"{address} is not a loopback address, and this version has no encryption; "
             "bind to 127.0.0.1, or leave --bind out"
         )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, or * for every address
+        return False
 
 
 def _stop_on_signals(hub: Hub, *, ignore_interrupt: bool) -> None:

@@ -8,13 +8,14 @@ to a hub that is not there (`IMMEDIATE`).
 from __future__ import annotations
 
 import os
+import select
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 import zmq
 
-from zps.errors import HubUnreachable, ProtocolError
+from zps.errors import HubError, HubUnreachable, ProtocolError
 
 HWM = 16
 ZERO_COPY_BYTES = 64 << 10  # below it the tracker of a zero-copy send costs more than the copy
@@ -31,8 +32,15 @@ def host_id() -> str:
     return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
+def readable(fd: int, timeout_s: float = 0.0) -> bool:
+    """Whether `fd` is readable before the time is over; a pidfd is once its process has ended."""
+    poller = select.poll()  # select() knows no descriptor above 1023
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(timeout_s * 1000))
+
+
 class Router:
-    """The hub's socket. One thread owns it."""
+    """The hub's socket. One thread owns it. Raises HubError when it cannot listen there."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, max_bytes: int):
         self.socket = context.socket(zmq.ROUTER)
@@ -40,7 +48,11 @@ class Router:
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
         self.socket.setsockopt(zmq.HANDSHAKE_IVL, 2000)
-        self.socket.bind(address)
+        try:
+            self.socket.bind(address)
+        except zmq.ZMQError as error:
+            self.socket.close()
+            raise HubError(f"cannot listen at {address}: {error.strerror}") from None
         self._queues: dict[bytes, deque[list[Frame]]] = {}
         self._queued_bytes: dict[bytes, int] = {}
 

@@ -9,10 +9,10 @@ from zps.errors import NonFiniteGradient, TensorMismatch
 
 
 def encode(gradient: torch.Tensor, slot: torch.Tensor) -> bool:
-    """Copy a gradient into its slot in one pass; whether all of it is finite."""
+    """Copy a gradient into its slot in one pass, from wherever it is; whether it is finite."""
     if slot.numel() == 0:
         return True
-    source = gradient.detach().contiguous()
+    source = gradient.detach().cpu().contiguous()
     _, finite = native.encode(source.data_ptr(), slot.data_ptr(), slot.numel(), dtype_id(slot))
     return finite
 

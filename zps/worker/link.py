@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,12 +10,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from zps.errors import GradientError
 from zps.memory.control import Outcome
 
 
 @dataclass(frozen=True, slots=True)
 class PushInfo:
-    """What goes with a gradient: see the PUSH message."""
+    """What goes with a gradient: see the PUSH message. Raises GradientError for a bad weight."""
 
     samples: float = 1.0
     grad_scale: float = 1.0
@@ -22,6 +24,14 @@ class PushInfo:
     hold: bool = False
     hypers: bytes | None = None
     absent: NDArray[np.uint32] | None = None
+
+    def __post_init__(self) -> None:
+        # Here, because the hub's refusal of a push would come when its round can no longer end.
+        if not (0 <= self.samples < math.inf and 0 < self.grad_scale < math.inf):
+            raise GradientError(
+                f"samples={self.samples}, grad_scale={self.grad_scale}: a gradient's weight must "
+                "be 0 or more, and its scale positive"
+            )
 
 
 class Link(Protocol):

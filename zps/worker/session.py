@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import select
 import threading
 import time
 from collections.abc import Iterator
@@ -31,8 +30,9 @@ from zps.errors import (
 from zps.wire import messages as m
 from zps.wire.address import home_of, parse, sweep_home
 from zps.wire.messages import SHARED_SETTINGS
-from zps.wire.sockets import Dealer, host_id
+from zps.wire.sockets import Dealer, host_id, readable
 
+_WHY_S = 0.5
 _MAX_FRAME_BYTES = 1 << 40  # a worker trusts the size of what its own hub sends
 _LOCAL: dict[str, type[ZpsError]] = {
     "duplicate_rank": DuplicateRank,
@@ -129,20 +129,26 @@ class Session:
     ) -> tuple[m.Message, list[bytes]]:
         """Send and wait for the answer; raises what a refusal stands for, HubLost, WaitTimeout."""
         timeout_s = self.settings.timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + timeout_s
         with self._lock:
             self.send(message, *payload)
-            while True:
-                frames = self._receive(min(0.1, max(0.0, deadline - time.monotonic())))
-                if frames is None:
-                    self.check_alive()
-                    if time.monotonic() >= deadline:
-                        text = f"no answer to {message.tag!r} in {timeout_s:g} s"
-                        raise WaitTimeout(text + self.who_is_missing())
-                    continue
-                answer = self._judge(frames)
-                if getattr(answer, "seq", None) == message.seq:
-                    return answer, frames[1:]
+            answer = self._answer_to(message.seq, timeout_s)
+            if answer is None:
+                text = f"no answer to {message.tag!r} in {timeout_s:g} s"
+                raise WaitTimeout(text + self.who_is_missing())
+            return answer
+
+    def _answer_to(self, seq: int, timeout_s: float) -> tuple[m.Message, list[bytes]] | None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            frames = self._receive(min(0.1, max(0.0, deadline - time.monotonic())))
+            if frames is None:
+                self.check_alive()
+                if time.monotonic() >= deadline:
+                    return None
+                continue
+            answer = self._judge(frames)
+            if getattr(answer, "seq", None) == seq:
+                return answer, frames[1:]
 
     def collect(self, count: int) -> None:
         """Take messages until `count` have come since the declaration; raises what they refuse."""
@@ -192,7 +198,7 @@ class Session:
 
     def check_alive(self) -> None:
         """Raise HubLost when the hub's process has ended."""
-        if self._pidfd >= 0 and select.select([self._pidfd], [], [], 0)[0]:
+        if self._pidfd >= 0 and readable(self._pidfd):
             while (frames := self._dealer.receive(0.05)) is not None:
                 self._judge(frames)
             home = home_of(self.address)
@@ -207,10 +213,12 @@ class Session:
         """For messages: whom the hub waits for, as far as it can still say."""
         try:
             with self.sequenced() as seq:
-                stats = m.Stats(epoch=self.welcome.epoch, session=self.welcome.session, seq=seq)
-                _, payload = self.request(stats, timeout_s=0.5)
-            facts = m.unpack(payload[0])
+                self.send(m.Stats(epoch=self.welcome.epoch, session=self.welcome.session, seq=seq))
+                answer = self._answer_to(seq, _WHY_S)
+            facts = {} if answer is None else m.unpack(answer[1][0])
         except (ZpsError, IndexError, zmq.ZMQError):
+            facts = {}
+        if not facts:
             return "; the hub does not say why"
         if facts.get("missing"):
             return f"; ranks {facts['missing']} have not joined"

@@ -78,6 +78,8 @@ class Worker:
         self.world_size = self._session.world_size
         self._link: ShmLink | None = None
         self._layout: Layout | None = None
+        self._slots: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor] = []
         self._at_close: list[Callable[[], None]] = []
 
     def _agreed(self) -> dict[str, Any]:
