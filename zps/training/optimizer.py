@@ -78,6 +78,11 @@ class Optimizer(torch.optim.Optimizer):
         self._followers = _followers(model, self._params, whole=apply == "worker")
         self._sent = b""
         self._declare()
+        if apply == "worker" and self._worker.link.formed:
+            raise UnsupportedError(
+                "a worker cannot join a running job with apply='worker', whose weights are with "
+                "its workers; start all again from a checkpoint, or use apply='hub'"
+            )
         self._adopt()
         self._take_over_state(optimizer)
         self._stream = GradientStream(
@@ -214,8 +219,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _take_over_state(self, optimizer: torch.optim.Optimizer) -> None:
         """What rank 0's optimizer had before it was wrapped, as after loading a checkpoint."""
-        if self._apply == "worker":
-            return
+        if self._apply == "worker" or self._worker.link.formed:
+            return  # a newcomer takes the state of the job that it joins
         states = [dict(optimizer.state.get(param, {})) for _, param in self._params]
         if self._worker.rank == 0 and hub_state.has_stepped(states):
             hub_state.check(self._worker, self._spec, states)
@@ -345,7 +350,8 @@ def _named(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> P
                     f"the parameter {name!r} is on {param.device}; this version trains on the CPU"
                 )
             params.append((name, param))
-    return params
+    # A bucket holds one dtype: norms in fp32 between weights in bf16 would cut it to pieces.
+    return sorted(params, key=lambda entry: str(entry[1].dtype))
 
 
 def _followers(
