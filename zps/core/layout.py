@@ -390,16 +390,24 @@ def _first_difference(
         if a == b:
             continue
         if a is not None and b is not None and a.name == b.name:
-            what, other = (a.shape, b.shape) if a.shape != b.shape else (a.dtype, b.dtype)
-            return f"{kind} '{a.name}' is {what} on {mine_who} but {other} on {other_who}"
+            return _how_they_differ(kind, a, b, mine_who, other_who)
         if a is not None and all(a.name != p.name for p in theirs):
             return f"{kind} '{a.name}' of {mine_who} is missing on {other_who}"
         if b is not None and all(b.name != p.name for p in mine):
             return f"{kind} '{b.name}' of {other_who} is missing on {mine_who}"
-        # The same names in another order; neither list is at its end.
+        # The same names in another order, which one of another dtype alone may have caused.
+        named = {p.name: p for p in theirs}
+        for p in mine:
+            if p != named.get(p.name, p):
+                return _how_they_differ(kind, p, named[p.name], mine_who, other_who)
         names = (mine[i].name, theirs[i].name)
         return f"{kind} number {i} is '{names[0]}' on {mine_who} but '{names[1]}' on {other_who}"
     return ""
+
+
+def _how_they_differ(kind: str, a: Param, b: Param, mine_who: str, other_who: str) -> str:
+    what, other = (a.shape, b.shape) if a.shape != b.shape else (a.dtype, b.dtype)
+    return f"{kind} '{a.name}' is {what} on {mine_who} but {other} on {other_who}"
 
 
 def _sequence(value: object, what: str, least: int, most: int) -> Sequence[Any]:
