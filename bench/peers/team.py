@@ -279,15 +279,16 @@ def team(peer: type[Peer], world: int, size: int, seed: int, folder: Path) -> It
 def merge(stamps: list[npt.NDArray[np.int64]], keep_late: bool) -> Block:
     """Merges the workers' stamps into one time a round, from the last worker's start.
 
-    A round that some worker began late measured the machine: it is left out. Peers whose own
-    threads spin delay their own starts: theirs are kept, and counting from the last start is in
-    their favour.
+    A round that some worker began late, by more than a hundredth of it, measured the machine: it is
+    left out. Peers whose own threads spin delay their own starts: theirs are kept, and counting
+    from the last start is in their favour.
     """
     merged = np.stack(stamps)
     starts = merged[:, :, 1].max(axis=0)
-    late = starts - merged[0, :, 0] > _LATE_NS
-    samples = (merged[:, :, 2].max(axis=0) - starts) / 1e3
-    return Block(samples if keep_late else samples[~late], int(late.sum()))
+    lasted = merged[:, :, 2].max(axis=0) - starts
+    late = starts - merged[0, :, 0] > np.maximum(_LATE_NS, lasted // 100)
+    kept = lasted if keep_late else lasted[~late]
+    return Block(kept / 1e3, int(late.sum()))
 
 
 def _cpu_s(pid: int) -> float:

@@ -119,6 +119,12 @@ def test_a_round_that_one_worker_began_late_is_left_out_and_counted() -> None:
     assert (block.samples.tolist(), block.late) == ([140.0, 100.0], 1)
 
 
+def test_a_long_round_may_begin_a_little_later() -> None:
+    rank0 = np.array([[0, 0, 9_000_000]])
+    rank1 = np.array([[0, 60_000, 9_060_000]])
+    assert merge([rank0, rank1], keep_late=False).samples.tolist() == [9000.0]
+
+
 def test_the_reference_is_sgd_with_momentum_on_the_mean_gradient() -> None:
     torch = pytest.importorskip("torch")
     weights = torch.nn.Parameter(torch.from_numpy(problem.initial_weights(33, seed=5)))
