@@ -1,0 +1,69 @@
+"""A worker that leaves and comes back: it finds the job as it is, and takes part from there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import zps
+from zps.errors import UnsupportedError
+from tests.workers import Context
+
+ROUNDS = 3
+
+
+def make(ctx: Context, seed: int, **options: Any) -> tuple[torch.nn.Linear, zps.Optimizer]:
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(6, 3)
+    inner = torch.optim.Adam(model.parameters(), lr=0.05)
+    return model, zps.Optimizer(inner, model, worker=ctx.worker(), **options)
+
+
+def train(model: torch.nn.Linear, opt: zps.Optimizer, rank: int) -> None:
+    for number in range(ROUNDS):
+        opt.zero_grad()
+        inputs = torch.full((2, 6), 0.5 + rank + number)
+        model(inputs).square().mean().backward()
+        opt.step()
+
+
+def leave_and_come_back(ctx: Context) -> list[torch.Tensor]:
+    model, opt = make(ctx, seed=0)
+    train(model, opt, ctx.rank)
+    if ctx.rank == 0:
+        ctx.hear(1)
+        train(model, opt, 0)  # alone
+        ctx.tell(1, model.weight.detach().clone())
+        ctx.hear(1)
+    else:
+        opt._worker.close()
+        ctx.tell(0, "gone")
+        now = ctx.hear(0)
+        model, opt = make(ctx, seed=99)
+        assert torch.equal(model.weight, now)
+        assert int(opt.state_dict()["state"][0]["step"]) == 2 * ROUNDS
+        ctx.tell(0, "back")
+    train(model, opt, ctx.rank)
+    ctx.meet()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_a_worker_that_comes_back_takes_the_job_as_it_is(run: Any) -> None:
+    first, second = run(leave_and_come_back, world=2)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def come_back_to_steps_of_workers(ctx: Context) -> None:
+    model, opt = make(ctx, seed=0, apply="worker")
+    train(model, opt, ctx.rank)
+    if ctx.rank == 1:
+        opt._worker.close()
+        with pytest.raises(UnsupportedError, match="cannot join a running job"):
+            make(ctx, seed=0, apply="worker")
+    ctx.meet()
+
+
+def test_nobody_joins_a_job_whose_weights_are_with_its_workers(run: Any) -> None:
+    run(come_back_to_steps_of_workers, world=2)
