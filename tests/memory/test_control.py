@@ -30,11 +30,11 @@ def both_sides() -> tuple[Control, Control]:
 
 def test_each_word_has_a_place_of_its_own_and_both_sides_know_it():
     hub, worker = both_sides()
-    parts = {"head": hub.head, "mail": hub.mail, "seq": hub.seq, "steps": hub.steps}
-    parts["done"] = hub.done.reshape(-1)
+    parts = {"head": hub.head, "mail": hub.mail, "seq": hub.seq, "closed": hub.closed}
+    parts |= {"steps": hub.steps, "done": hub.done.reshape(-1)}
     for number, words in enumerate(parts.values(), 1):
         words[:] = 1000 * number + np.arange(len(words)).astype(words.dtype)
-    assert [len(words) for words in parts.values()] == [8, 3, 5, 7, 15]
+    assert [len(words) for words in parts.values()] == [8, 3, 5, 5, 7, 15]
     for name, words in parts.items():
         assert getattr(worker, name).reshape(-1).tolist() == words.tolist()
 
@@ -45,9 +45,8 @@ def test_the_docstrings_offsets_are_true():
     words = hub.segment.bytes.view(np.uint64)
     assert hub.epoch == words[8 // 8] == 1
     assert hub.signal_address == hub.segment.address + 16
-    assert hub.closed_rounds == words[24 // 8] == 3
     hub.beat(7_500_000_000)
-    assert words[32 // 8] == 7_500_000_000
+    assert words[24 // 8] == 7_500_000_000
     assert hub.beat_s == 7.5
     assert hub.mail_address(0) == hub.segment.address + 64
 
@@ -64,14 +63,14 @@ def test_addresses_are_those_of_the_words():
 
 def test_a_worker_cannot_write_any_word():
     _, worker = both_sides()
-    for words in (worker.head, worker.mail, worker.seq, worker.steps, worker.done):
+    for words in (worker.head, worker.mail, worker.seq, worker.closed, worker.steps, worker.done):
         with pytest.raises(ValueError, match="read-only"):
             words.flat[0] = 1
 
 
 def test_a_segment_that_is_too_small_for_the_layout_is_refused():
     segment = Segment.create("control", 100)
-    with pytest.raises(ProtocolError, match="12 words, but needs 38"):
+    with pytest.raises(ProtocolError, match="12 words, but needs 43"):
         Control(segment, **SHAPE)
 
 

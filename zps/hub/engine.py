@@ -210,12 +210,11 @@ class Engine:
         self._finish(updates, Outcome.APPLIED)
 
     def _finish(self, updates: list[Update], outcome: Outcome) -> None:
-        closed = self._control.closed_rounds
         for update in updates:
-            closed = max(closed, update.round + 1)
+            # Ordered before the words by the release in native.post.
+            self._control.closed[update.bucket] = update.round + 1
             for pushed in update.contributions:
                 self._post(pushed, update.bucket, outcome)
-        self._control.head[3] = closed  # ordered before the words by the release in native.post
 
     def _post(self, pushed: Pushed, bucket: int, outcome: Outcome) -> None:
         self._busy.discard((pushed.session, bucket))

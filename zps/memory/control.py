@@ -5,10 +5,10 @@ The hub alone writes it; workers map it read-only. Every word is 8 bytes, little
     offset  0   magic
             8   epoch            one life of the hub
            16   signal           futex word (its low 4 bytes); rises after every change below
-           24   closed           rounds that have closed anywhere: 1 + the highest closed round
-           32   beat             CLOCK_MONOTONIC in ns when the hub's loop last turned
+           24   beat             CLOCK_MONOTONIC in ns when the hub's loop last turned
            64   mail[world]      messages sent to each worker since it joined: look at the socket
             .   seq[buckets]     seqlock: 2 x version, odd while the bucket is being written
+            .   closed[buckets]  1 + the highest round of each bucket that has closed
             .   steps[pieces]    how often each piece has been updated by its rule
             .   done[world][buckets]   the last push consumed: its sequence number and its outcome
 
@@ -53,6 +53,7 @@ class Control:
         at = _HEAD_WORDS
         self.mail, at = words[at : at + world_size], at + world_size
         self.seq, at = words[at : at + buckets], at + buckets
+        self.closed, at = words[at : at + buckets].view(np.int64), at + buckets
         self.steps, at = words[at : at + pieces].view(np.int64), at + pieces
         self.done = words[at : at + world_size * buckets].reshape(world_size, buckets)
 
@@ -73,17 +74,13 @@ class Control:
     def epoch(self) -> int:
         return int(self.head[1])
 
-    @property
-    def closed_rounds(self) -> int:
-        return int(self.head[3])
-
     def beat(self, now_ns: int) -> None:
-        self.head[4] = now_ns
+        self.head[3] = now_ns
 
     @property
     def beat_s(self) -> float:
         """When the hub's loop last turned, on the clock of time.monotonic."""
-        return int(self.head[4]) / 1e9
+        return int(self.head[3]) / 1e9
 
     def done_address(self, rank: int) -> int:
         """The first of the `buckets` words in which `rank` reads what became of its pushes."""
@@ -116,4 +113,4 @@ def outcome_of(word: int) -> Outcome:
 
 
 def _words(world_size: int, buckets: int, pieces: int) -> int:
-    return _HEAD_WORDS + world_size + buckets + pieces + world_size * buckets
+    return _HEAD_WORDS + world_size + 2 * buckets + pieces + world_size * buckets

@@ -144,9 +144,9 @@ class ShmLink:
     # --- beyond Link --------------------------------------------------------------------------
 
     @property
-    def closed_rounds(self) -> int:
-        """1 + the highest round that has closed: where a worker that fell behind goes on."""
-        return self._control.closed_rounds
+    def closed_rounds(self) -> NDArray[np.int64]:
+        """1 + the highest round of each bucket that has closed; changes under the reader."""
+        return self._control.closed
 
     @property
     def steps(self) -> NDArray[np.int64]:

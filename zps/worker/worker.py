@@ -247,8 +247,6 @@ class Worker:
         link, _ = self._declared()
         chosen = np.array(buckets, np.uint32)
         rounds = self._next_round[chosen] if round_ is None else np.full(len(chosen), round_)
-        if self.settings.quorum < 1:  # a worker that fell behind goes on where the others are
-            rounds = np.maximum(rounds, link.closed_rounds)
         for number in np.unique(rounds):
             same = chosen[rounds == number]
             for at in range(0, len(same), m.MAX_PUSH_BUCKETS):
@@ -261,9 +259,15 @@ class Worker:
     def refresh(self, buckets: Iterable[int] | None = None) -> None:
         """Copy the hub's weights here, where they are not views of them anyway."""
         link, layout = self._declared()
+        chosen = list(range(len(layout.buckets)) if buckets is None else buckets)
+        if self.settings.quorum < 1:
+            # A worker that fell behind goes on where the others are: what it pushes next will have
+            # been computed on the weights it gets now. What it computed before stays in its round.
+            closed = link.closed_rounds[chosen]
+            self._next_round[chosen] = np.maximum(self._next_round[chosen], closed)
         if self.aliased:
             return
-        for bucket in range(len(layout.buckets)) if buckets is None else buckets:
+        for bucket in chosen:
             spec = layout.buckets[bucket]
             link.pull(bucket, self._replica[spec.byte : spec.byte + spec.nbytes])
 
