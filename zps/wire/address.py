@@ -86,8 +86,14 @@ class IpcHome:
 
 def ensure_private(directory: Path) -> None:
     """Make `directory` (mode 0700); raises HubError when it belongs to, or is open to, others."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    info = directory.lstat()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = directory.lstat()
+    except OSError as error:
+        raise HubError(
+            f"cannot make the directory {directory}: {error.strerror}. "
+            "Set ZPS_RUNTIME_DIR to another place"
+        ) from error
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise HubError(
             f"{directory} must be a directory of yours alone: run `chmod 700 {directory}`, "
