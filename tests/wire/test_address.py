@@ -189,7 +189,7 @@ def test_sweeping_leaves_what_is_not_a_home(runtime_dir):
     sweep_home(runtime_dir / "nothing")
 
 
-def test_two_that_claim_one_token_at_a_time_never_both_have_it(runtime_dir):
+def test_of_those_who_claim_one_token_at_a_time_one_has_it(runtime_dir):
     """Each takes the home, looks whether it is alone, and gives it back, over and over."""
     code = """
 import sys
