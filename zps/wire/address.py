@@ -62,7 +62,7 @@ class IpcHome:
         for _ in range(8):
             path = runtime_dir / (token or f"{os.getpid()}-{secrets.token_hex(4)}")
             ipc_address(runtime_dir, path.name)
-            with contextlib.suppress(FileExistsError):  # exist_ok=True fails if it vanishes just now
+            with contextlib.suppress(FileExistsError):  # exist_ok fails if it vanishes now
                 path.mkdir(mode=0o700)
             try:
                 lock_fd = _lock(path)
