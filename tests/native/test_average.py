@@ -126,6 +126,13 @@ def test_norm_sq_is_the_same_on_every_target_and_thread_count(n, dtype):
     assert sums.pop() == pytest.approx(sum(float(g @ g) for g in grads), rel=1e-12)
 
 
+def test_norm_sq_of_one_contribution_is_what_encode_saw(pool):
+    n = 5 * native.TILE + 3
+    bucket = Bucket("mean", np.zeros(n), draw(1, n))
+    seen, _ = native.inspect(bucket.slot_blocks[0].address, n, native.DTYPE["float32"])
+    assert native.norm_sq(pool, [bucket.job]) == seen
+
+
 def test_norm_sq_does_not_count_absent_parameters(pool):
     ones = np.ones(64, np.float32)
     bucket = Bucket("mean", ones, [ones], segments=[(0, 20, 0, 0), (32, 7, 0, 1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -33,10 +34,10 @@ def test_a_thousand_rounds_lose_nothing():
 
 def test_callers_on_several_threads_take_turns():
     pool = native.Pool(3)
-    buckets = [counting() for _ in range(3)]
+    buckets = [counting(5 * WIDE) for _ in range(3)]
 
     def work(bucket):
-        for _ in range(100):
+        for _ in range(200):
             native.apply(pool, [bucket.job])
 
     threads = [threading.Thread(target=work, args=(bucket,)) for bucket in buckets]
@@ -44,24 +45,45 @@ def test_callers_on_several_threads_take_turns():
         thread.start()
     for thread in threads:
         thread.join()
-    assert all((bucket.master.values == 100).all() for bucket in buckets)
+    assert all((bucket.master.values == 200).all() for bucket in buckets)
 
 
-def task_states(tasks):
-    return {(Path("/proc/self/task") / t / "stat").read_text().rsplit(")")[-1][1] for t in tasks}
+class Helpers:
+    """A pool's own threads, as the kernel sees them."""
+
+    def __init__(self, threads):
+        before = set(os.listdir("/proc/self/task"))
+        self.pool = native.Pool(threads)
+        self._tasks = set(os.listdir("/proc/self/task")) - before
+        assert len(self._tasks) == threads - 1
+
+    def _status(self, field):
+        texts = [Path(f"/proc/self/task/{task}/status").read_text() for task in self._tasks]
+        return [re.search(rf"^{field}:\s*(\S+)", text, re.MULTILINE)[1] for text in texts]
+
+    def asleep(self):
+        return set(self._status("State")) == {"S"}
+
+    def times_slept(self):
+        return [int(count) for count in self._status("voluntary_ctxt_switches")]
 
 
 def test_helpers_sleep_when_there_is_nothing_to_do():
-    before = set(os.listdir("/proc/self/task"))
-    pool = native.Pool(3)
-    helpers = set(os.listdir("/proc/self/task")) - before
-    assert len(helpers) == 2
-    bucket = counting()
-    native.apply(pool, [bucket.job])
-    while task_states(helpers) != {"S"}:  # a helper that spins is never seen asleep
+    helpers, bucket = Helpers(3), counting()
+    native.apply(helpers.pool, [bucket.job])
+    while not helpers.asleep():  # a helper that spins is never seen asleep
         pass
-    native.apply(pool, [bucket.job])
+    native.apply(helpers.pool, [bucket.job])
     assert (bucket.master.values == 2).all()
+
+
+def test_every_helper_is_woken_for_work():
+    helpers, bucket = Helpers(3), counting()
+    while not helpers.asleep():
+        pass
+    before = helpers.times_slept()
+    while any(now == then for now, then in zip(helpers.times_slept(), before, strict=True)):
+        native.apply(helpers.pool, [bucket.job])
 
 
 def test_closing_ends_the_threads_and_a_closed_pool_says_so():

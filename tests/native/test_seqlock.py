@@ -11,8 +11,8 @@ import numpy as np
 from tests.native.oracle import Bucket
 from zps import native
 
-N = 9 * native.TILE  # just enough for several threads to write at once
-ENOUGH = 50
+N = 40 * native.TILE  # five chunks, so that several threads write at once
+ENOUGH = 100
 SEQ_BYTES = 4096
 
 
@@ -57,6 +57,8 @@ def test_a_reader_never_sees_half_an_update():
     pool = native.Pool(3)
     while child.is_alive() and results.empty():
         native.apply(pool, [job])  # every weight becomes the version
+        for _ in range(3000):  # some quiet, about as long as the writing
+            pass
     torn, ordered = results.get(timeout=60)
     child.join(60)
     assert torn == 0
