@@ -38,6 +38,7 @@ from zps.worker.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST = 3  # worker processes
+MOST_HUBS = 6
 PATIENCE_S = 60.0
 #: How long the other ranks may take to fail too, once one has.
 GRACE_S = 3.0
@@ -71,6 +72,10 @@ class Context:
         """Wait for what another rank tells this one."""
         assert self._peers[rank].poll(PATIENCE_S), f"rank {self.rank} hears nothing of {rank}"
         return pickle.loads(self._peers[rank].recv_bytes())
+
+    def is_told(self, rank: int) -> bool:
+        """Whether `hear` would return at once."""
+        return self._peers[rank].poll()
 
     def meet(self) -> None:
         """Wait until every rank is here. No part of zps is involved."""
@@ -134,9 +139,14 @@ class Crew:
     def hub(self, **settings: Any) -> HubProcess:
         """A running hub with these settings."""
         key = tuple(sorted(settings.items()))
-        found = self._hubs.get(key)
-        if found is not None and found.poll() is None:
-            return found
+        found = self._hubs.pop(key, None)
+        if found is not None:
+            if found.poll() is None:
+                self._hubs[key] = found
+                return found
+            found.stop()
+        while len(self._hubs) >= MOST_HUBS:
+            self._hubs.pop(next(iter(self._hubs))).stop()  # the one that was used the longest ago
         own = Settings(**{**HUB, "runtime_dir": self.folder / "run", **settings})
         log = self.folder / f"hub-{len(list(self.folder.glob('hub-*')))}"
         with log.open("wb") as file, _environment():
