@@ -283,3 +283,8 @@ def test_every_setting_has_a_variable_and_a_description() -> None:
 def test_a_setting_without_effect_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="not used by this version"):
         load({variable(name): "/somewhere"})
+
+
+def test_compensation_for_delays_needs_copies() -> None:
+    with pytest.raises(ConfigError, match="needs pull='copy'"):
+        load(mode="async", staleness_policy="dc", pull="alias")

@@ -115,7 +115,7 @@ def hub(
     set_: Set = None,
 ) -> None:
     """Serve one hub in the foreground, until Ctrl-C or SIGTERM."""
-    from zps.hub.process import run
+    from zps.hub.process import configure_logging, run
 
     settings = Settings.load(
         **_chosen(
@@ -127,6 +127,7 @@ def hub(
             on_death=on_death,
         )
     )
+    configure_logging(settings, quiet=False)
     say = _say("zps hub")
 
     def tell(event: str, **facts: Any) -> None:

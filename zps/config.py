@@ -280,6 +280,8 @@ class Settings(BaseSettings):
                 raise ValueError(
                     f"min_workers={self.min_workers} must not exceed world_size={self.world_size}"
                 )
+        if self.staleness_policy == "dc" and self.pull == "alias":
+            raise ValueError("staleness_policy='dc' needs pull='copy': what a worker computed on")
         if self.quorum < 1 and self.mode != "bsp":
             raise ValueError(f"quorum={self.quorum} needs mode='bsp', not {self.mode!r}")
         return self

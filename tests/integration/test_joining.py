@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import zps
-from zps.errors import UnsupportedError
 from tests.workers import Context
+from zps.errors import UnsupportedError
 
 ROUNDS = 3
 

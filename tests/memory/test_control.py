@@ -70,7 +70,7 @@ def test_a_worker_cannot_write_any_word():
 
 def test_a_segment_that_is_too_small_for_the_layout_is_refused():
     segment = Segment.create("control", 100)
-    with pytest.raises(ProtocolError, match="12 words, but needs 43"):
+    with pytest.raises(ProtocolError, match="12 words, but needs 107"):
         Control(segment, **SHAPE)
 
 
@@ -94,3 +94,12 @@ def test_a_push_is_done_once_its_number_is_reached_whatever_its_outcome(seq, out
 
 def test_every_outcome_has_room():
     assert max(Outcome) < 1 << OUTCOME_BITS
+
+
+def test_the_reason_for_the_end_outlives_the_hubs_messages():
+    hub, worker = both_sides()
+    assert worker.last_words == ""
+    hub.say_last("rank 1 died")
+    assert worker.last_words == "rank 1 died"
+    hub.say_last("é" * 1000)
+    assert worker.last_words.startswith("é" * 256)

@@ -99,6 +99,15 @@ def test_a_mean_is_weighted_by_samples(hub):
             assert torch.equal(value, torch.full_like(value, (8 + 3 * 1) / 4))
 
 
+@pytest.mark.parametrize("samples", [(1, 1), (3, 3), (3, 4)])
+def test_a_sum_is_weighted_by_samples(hub, samples):
+    with together(hub, ones(), "sum") as workers:
+        works = [w.push(ones(), samples=n) for w, n in zip(workers, samples, strict=True)]
+        for work in works:
+            work.wait()
+        assert torch.equal(workers[1].weights("few"), torch.full((3, 5), float(sum(samples))))
+
+
 def test_a_weight_of_zero_leaves_a_worker_out(hub):
     with together(hub, ones(), "mean") as workers:
         works = [workers[0].push(ones(value=5.0)), workers[1].push(ones(), samples=0)]

@@ -84,7 +84,9 @@ class Hub:
 
     def stop(self, why: str) -> None:
         """End the loop; workers are told why. The first reason counts."""
-        self._stopping = self._stopping or why
+        if not self._stopping:
+            log.info("ending: %s", why)
+            self._stopping = why
 
     def watch(self, fd: int, on_readable: Callable[[], None]) -> None:
         """Call back from the loop when `fd` becomes readable: a pidfd, a signal pipe."""
@@ -129,6 +131,8 @@ class Hub:
                 self.stop(f"no replacement for rank {rank} came in {self.settings.timeout_s:g} s")
 
     def _close(self) -> None:
+        if self._job is not None:
+            self._job.control.say_last(self._stopping)
         for peer in self._roster:
             self._deliver(peer, [m.encode(m.Closing(text=self._stopping))])
             peer.close()

@@ -264,16 +264,16 @@ def _main() -> None:
 
     try:
         settings = Settings.load()
-        configure_logging(settings)
+        configure_logging(settings, quiet=True)
         run(settings, bind=args.bind, token=args.token, parent_pid=args.parent, on_event=tell)
     except ZpsError as error:
         tell("failed", text=str(error))
         raise SystemExit(f"zps hub: {error}") from None
 
 
-def configure_logging(settings: Settings) -> None:
-    """One line a message on stderr, for processes that are ours."""
-    level = settings.log_level if settings.log_level != "info" else "warning"
+def configure_logging(settings: Settings, *, quiet: bool) -> None:
+    """One line a message on stderr; `quiet` leaves out what is not for a script's user."""
+    level = "warning" if quiet and settings.log_level == "info" else settings.log_level
     logging.basicConfig(level=level.upper(), format="zps hub: %(message)s")
 
 

@@ -102,6 +102,7 @@ class Store:
         self._group_of = list(group_of)
         self._groups = hypers.groups
         self.rule = rule if isinstance(rule, Rule) else None
+        self._divides = self.rule is None or self.rule.name not in ("sum", "add")
         names = self._states_used(hypers)
         self._ensure_room(len(names) + (0 if self.rule else 1))
         self.weights = Segment.create("weights", layout.total_bytes)
@@ -177,7 +178,8 @@ class Store:
         job.slots = [c.slots.ctypes.data + offset for c in counted]
         job.scales = [c.samples / c.grad_scale for c in counted]
         job.divisor = sum(c.samples for c in counted)
-        if all(c.samples == first.samples for c in counted):  # an even mean needs no multiplication
+        if self._divides and all(c.samples == first.samples for c in counted):
+            # An even mean needs no multiplication.
             job.scales = [1.0 / c.grad_scale for c in counted]
             job.divisor = float(len(counted))
         job.hypers = first.hypers.packed

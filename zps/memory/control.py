@@ -11,6 +11,7 @@ The hub alone writes it; workers map it read-only. Every word is 8 bytes, little
             .   closed[buckets]  1 + the highest round of each bucket that has closed
             .   steps[pieces]    how often each piece has been updated by its rule
             .   done[world][buckets]   the last push consumed: its sequence number and its outcome
+            .   512 bytes of text      why the hub ended
 
 `done` carries `Outcome` in its low bits, so a worker waits for `done >= seq << OUTCOME_BITS`.
 """
@@ -28,6 +29,7 @@ from zps.memory.segment import Segment
 MAGIC = 0x5A50_5343_544C_3031  # "ZPSCTL01"
 OUTCOME_BITS = 3
 _HEAD_WORDS = 8
+_LAST_WORDS_BYTES = 512
 
 
 class Outcome(IntEnum):
@@ -55,7 +57,9 @@ class Control:
         self.seq, at = words[at : at + buckets], at + buckets
         self.closed, at = words[at : at + buckets].view(np.int64), at + buckets
         self.steps, at = words[at : at + pieces].view(np.int64), at + pieces
-        self.done = words[at : at + world_size * buckets].reshape(world_size, buckets)
+        done = words[at : at + world_size * buckets]
+        self.done, at = done.reshape(world_size, buckets), at + len(done)
+        self._last_words = segment.bytes[8 * at : 8 * at + _LAST_WORDS_BYTES]
 
     @classmethod
     def create(cls, *, epoch: int, world_size: int, buckets: int, pieces: int) -> Control:
@@ -81,6 +85,15 @@ class Control:
     def beat_s(self) -> float:
         """When the hub's loop last turned, on the clock of time.monotonic."""
         return int(self.head[3]) / 1e9
+
+    @property
+    def last_words(self) -> str:
+        """Why the hub ended, if it could say; a message might be lost with its connection."""
+        return self._last_words.tobytes().rstrip(b"\0").decode(errors="replace")
+
+    def say_last(self, text: str) -> None:
+        data = text.encode()[:_LAST_WORDS_BYTES]
+        self._last_words[: len(data)] = np.frombuffer(data, np.uint8)
 
     def done_address(self, rank: int) -> int:
         """The first of the `buckets` words in which `rank` reads what became of its pushes."""
@@ -113,4 +126,5 @@ def outcome_of(word: int) -> Outcome:
 
 
 def _words(world_size: int, buckets: int, pieces: int) -> int:
-    return _HEAD_WORDS + world_size + 2 * buckets + pieces + world_size * buckets
+    tables = world_size + 2 * buckets + pieces + world_size * buckets
+    return _HEAD_WORDS + tables + _LAST_WORDS_BYTES // 8

@@ -64,7 +64,7 @@ class Segment:
                 os.close(fd)
             raise OutOfMemory(
                 f"the {label} segment needs {size:,} bytes of shared memory: {error}. "
-                "Free memory, use a smaller model, or spread it over several hubs."
+                "Free memory, or use a smaller model."
             ) from error
         return cls(fd, mapping, nbytes, owner=True, writable=True)
 
@@ -125,7 +125,7 @@ def ensure_available(nbytes: int, what: str) -> None:
     if free is not None and nbytes > free:
         raise OutOfMemory(
             f"{what} needs {nbytes:,} bytes, but only {free:,} are available. "
-            "Free memory, use a smaller model, or spread it over several hubs."
+            "Free memory, or use a smaller model."
         )
 
 

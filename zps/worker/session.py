@@ -6,7 +6,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import zmq
@@ -55,6 +55,7 @@ class Session:
         self.address = address
         self.settings = settings
         self.received = 0  # messages since the declaration was answered, that one included
+        self.last_words: Callable[[], str] = str  # where the hub leaves the reason for its end
         self._pid = os.getpid()
         self._closed = ""
         self._lock = threading.RLock()
@@ -204,10 +205,9 @@ class Session:
             home = home_of(self.address)
             if home is not None:
                 sweep_home(home)  # a killed hub cannot do it itself
-            self._closed = f"the hub (process {self.welcome.pid}) at {self.address} has ended"
-            raise HubLost(
-                f"{self._closed}. Its log says why; start it again and resume from a checkpoint."
-            )
+            why = self.last_words() or "its log says why"
+            self._closed = f"the hub (process {self.welcome.pid}) has ended: {why}"
+            raise HubLost(f"{self._closed}. Start it again and resume from a checkpoint of yours.")
 
     def who_is_missing(self) -> str:
         """For messages: whom the hub waits for, as far as it can still say."""

@@ -153,6 +153,10 @@ class ShmLink:
         """How often each piece of the layout has been updated; changes under the reader."""
         return self._control.steps
 
+    def last_words(self) -> str:
+        """Why the hub ended, once it has, and if it could say."""
+        return self._control.last_words
+
     def replica(self) -> NDArray[np.uint8] | None:
         """Where this worker keeps the weights it computes on, so that the hub sees them too."""
         size = self._layout.arena_bytes

@@ -134,6 +134,7 @@ class Worker:
         self._session.received = 1
         self._layout = layout
         self._link = ShmLink(self._session, layout, answer, aliased=self.aliased)
+        self._session.last_words = self._link.last_words
         count = len(layout.buckets)
         self._next_round = np.full(count, self._link.first_round, np.int64)
         self._last_seq = np.zeros(count, np.uint64)
