@@ -138,6 +138,12 @@ def test_no_wake_is_lost(page, spin_us):
     thread.join()
 
 
+def test_every_post_raises_the_signal_so_that_nobody_falls_asleep_on_it(page):
+    page.post(u32(0), u64(1))
+    native.post_signal(page.base)
+    assert native.load_u32(page.base) == 2
+
+
 def test_words_are_read_and_written_whole(page):
     word = page.base + WORDS
     native.store_u64(word, 2**64 - 2)
