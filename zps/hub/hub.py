@@ -423,9 +423,9 @@ class Hub:
         log.warning("rank %d (process %d) is lost: %s", peer.rank, peer.pid, why)
         members, formed = self._roster.members, self._roster.formed
         verdict = members.die(peer.rank)
-        self._forget(peer, keep_waiting=formed and verdict is Verdict.WAIT)
         if verdict is Verdict.ABORT:
             self.stop(f"rank {peer.rank} (process {peer.pid}) has died: {members.why}")
+        self._forget(peer, keep_waiting=formed and verdict is Verdict.WAIT)
 
     def _forget(self, peer: Peer, *, keep_waiting: bool = False) -> None:
         self._poller.unregister(peer.pidfd)
@@ -435,6 +435,8 @@ class Hub:
         for asked in self._collective.values():
             asked.pop(peer.rank, None)
         self._stop_awaiting(peer)
+        if self._stopping:
+            return  # nothing goes on: whoever waits will hear why
         if keep_waiting:
             self._replace_by[peer.rank] = time.monotonic() + self.settings.timeout_s
         elif self._job is not None and peer.declared:
