@@ -278,6 +278,8 @@ def train_scaled(ctx: Context, *, apply: str, unscale: bool) -> Any:
         if unscale:
             scaler.unscale_(opt)
             nn.utils.clip_grad_norm_(params, 10.0)
+            for p in params:
+                p.grad.nan_to_num_()  # too late: the scaler has seen what was there
         before.append(values(params))
         scaler.step(opt)
         scaler.update()

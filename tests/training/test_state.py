@@ -207,18 +207,27 @@ def test_a_state_of_another_shape_is_refused_on_every_rank(run):
         assert_close(after, expected)
 
 
-def change_options_before_saving(ctx: Context) -> Any:
-    """Momentum is switched on, and the state asked for before a step has told the hub."""
+def switch_momentum_on(ctx: Context) -> Any:
+    """The state is asked for before a step has told the hub, and after."""
     opt = zps.Optimizer(torch.optim.SGD(new_params(), lr=0.1), worker=ctx.worker())
     steps_in_hub(opt, range(2), rank=ctx.rank)
     opt.param_groups[0]["momentum"] = 0.9
-    return opt.state_dict()
+    before = opt.state_dict()
+    ctx.meet()
+    steps_in_hub(opt, range(2, 4), rank=ctx.rank)
+    ctx.meet()
+    return before, opt.state_dict()
 
 
-def test_a_state_that_does_not_exist_yet_is_left_out(run):
-    for saved in run(change_options_before_saving):
-        assert saved["param_groups"][0]["momentum"] == 0.9
-        assert not saved["state"]
+def test_a_state_comes_into_being_with_the_option_that_needs_it(run):
+    reference = torch.optim.SGD(new_params(), lr=0.1)
+    steps_alone(reference, range(2), world=2)
+    reference.param_groups[0]["momentum"] = 0.9
+    steps_alone(reference, range(2, 4), world=2)
+    for before, after in run(switch_momentum_on):
+        assert before["param_groups"][0]["momentum"] == 0.9
+        assert not before["state"]
+        assert_same_format(after, reference.state_dict())
 
 
 def remember_parameters(ctx: Context) -> Any:
