@@ -13,8 +13,8 @@ from tests.workers import Context
 Tensors = Sequence[torch.Tensor]
 MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
-#: Several buckets of 4096 bytes: small tensors together, and one cut into pieces.
-SHAPES = [(9, 5), (3,), (), (41, 37), (2, 3, 4)]
+#: Several buckets of 4096 bytes: small tensors together, one cut into pieces, one without elements.
+SHAPES = [(9, 5), (3,), (), (41, 37), (2, 3, 4), (0, 3)]
 
 
 def new_params(shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[torch.nn.Parameter]:

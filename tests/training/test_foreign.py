@@ -29,7 +29,8 @@ from zps.errors import ConfigError, HubLost, UnsupportedError
 from zps.training.rules import rule_of
 
 ROUNDS = 20
-MATRICES = [(41, 37), (6, 4), (12, 3)]
+#: Muon takes matrices alone, and Adafactor divides by the number of elements.
+SHAPES_OF = {"Muon": [(41, 37), (6, 4), (12, 3)], "Adafactor": SHAPES[:-1]}
 
 CLASSES: dict[str, dict[str, Any]] = {
     "NAdam": {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True},
@@ -46,7 +47,7 @@ HERE = [name for name in CLASSES if hasattr(torch.optim, name)]
 
 def new_optimizer(name: str) -> torch.optim.Optimizer:
     """Two groups, of which the second has another learning rate."""
-    params = new_params(MATRICES if name == "Muon" else SHAPES)
+    params = new_params(SHAPES_OF.get(name, SHAPES))
     groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.003}]
     return getattr(torch.optim, name)(groups, **CLASSES[name])
 

@@ -88,6 +88,25 @@ def test_models_go_on_in_plain_torch_and_apart_from_one_another(run):
         assert_close(trained, values(model.parameters()))
 
 
+def train_in_two_jobs(ctx: Context) -> list[torch.Tensor]:
+    model = new_model()
+    for lr in (1e-3, 1e-4):
+        worker = ctx.worker()
+        base = torch.optim.SGD(model.parameters(), lr=lr)
+        train_model(model, zps.Optimizer(base, model, worker=worker), 3)
+        worker.close()
+        ctx.meet()
+    return values(model.parameters())
+
+
+def test_a_model_may_be_trained_in_one_job_after_another(run):
+    model = new_model()
+    for lr in (1e-3, 1e-4):
+        train_model(model, torch.optim.SGD(model.parameters(), lr=lr), 3)
+    for result in run(train_in_two_jobs):
+        assert_close(result, values(model.parameters()))
+
+
 def end_uneven_epochs(ctx: Context, *, overlap: bool) -> int:
     """Rank r has 3 + 2 r batches; nobody tells anybody."""
     params = new_params()

@@ -278,6 +278,27 @@ def test_a_learning_rate_changed_too_late_is_told_and_comes_one_round_later(run)
         assert_close(result, reference([of_round(0), of_round(1), late]))
 
 
+def change_samples_between(ctx: Context, *, overlap: bool) -> Any:
+    params = new_params()
+    opt = zps.Optimizer(torch.optim.SGD(params, lr=0.1), overlap=overlap, worker=ctx.worker())
+    steps_in_hub(opt, range(1), rank=ctx.rank)
+    opt.zero_grad()
+    backward(params, gradients(params, ctx.rank, 1))
+    opt.samples = 3.0
+    if overlap:
+        with pytest.raises(GradientModified, match="samples.*before backward.*overlap=False"):
+            opt.step()
+        opt.samples = 1.0
+    opt.step()
+    return values(params)
+
+
+@OVERLAP
+def test_samples_set_too_late_are_noticed(run, overlap):
+    for result in run(change_samples_between, overlap=overlap):
+        assert_close(result, reference([of_round(0), of_round(1)]))
+
+
 # --- weights ----------------------------------------------------------------------------------
 
 

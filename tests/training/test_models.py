@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+import multiprocessing
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import zps
 from tests.training.reference import (
@@ -21,6 +23,7 @@ from tests.training.reference import (
     values,
 )
 from tests.workers import Context
+from zps.wire.messages import MAX_PUSH_BUCKETS
 
 ROUNDS = 20
 BATCH = 8  # of one worker; a power of two, see Everything
@@ -132,6 +135,52 @@ def test_two_workers_train_as_one_process_on_both_batches(run, name, overlap):
         assert list(state) == list(expected)
         assert_close(list(state.values()), list(expected.values()))
         assert_same_bits([state["bf16"], state["fp16"]], [expected["bf16"], expected["fp16"]])
+
+
+def train_with_forked_loader(ctx: Context) -> list[torch.Tensor]:
+    """The loader's processes are forked from one that has a worker, at every epoch."""
+    multiprocessing.current_process()._config["daemon"] = False  # may have children here
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    opt = zps.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, worker=ctx.worker())
+    data = TensorDataset(torch.arange(24.0).view(8, 3) / 24)
+    for _ in range(2):
+        for (x,) in DataLoader(data, batch_size=4, num_workers=1, multiprocessing_context="fork"):
+            opt.zero_grad()
+            model(x).square().mean().backward()
+            opt.step()
+    return values(model.parameters())
+
+
+def test_data_may_come_from_forked_processes(run):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x in 2 * (torch.arange(24.0).view(8, 3) / 24).split(4):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    for result in run(train_with_forked_loader):
+        assert_close(result, values(model.parameters()))
+
+
+def train_many_buckets(ctx: Context) -> Any:
+    """More buckets than one message names, in one tensor."""
+    param = nn.Parameter(torch.ones(1100, 1024))
+    worker = ctx.worker()
+    opt = zps.Optimizer(torch.optim.SGD([param], lr=0.1), max_grad_norm=1e9, worker=worker)
+    for _ in range(2):
+        opt.zero_grad()
+        (param * (1.0 + ctx.rank)).sum().backward()
+        opt.step()
+    return len(worker.layout.buckets), param.detach().aminmax()
+
+
+def test_a_tensor_may_take_more_buckets_than_a_message_names(run):
+    for buckets, (least, most) in run(train_many_buckets):
+        assert buckets == 1100 > MAX_PUSH_BUCKETS
+        assert abs(least - 0.7) < 1e-6
+        assert least == most
 
 
 # --- shapes and strides -----------------------------------------------------------------------

@@ -13,6 +13,7 @@ from tests.training.reference import (
     gradients,
     new_params,
     steps_in_hub,
+    train,
     values,
 )
 from tests.workers import Context
@@ -89,6 +90,18 @@ def test_overlap_changes_no_bit(run, max_grad_norm):
     early = run(train_model, overlap=True, max_grad_norm=max_grad_norm)
     late = run(train_model, overlap=False, max_grad_norm=max_grad_norm)
     for mine, theirs in zip(early, late, strict=True):
+        assert_same_bits(mine, theirs)
+
+
+def adamw(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=0.01)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_copying_weights_instead_of_sharing_them_changes_no_bit(run, overlap):
+    shared = run(train, adamw, ROUNDS, overlap=overlap)
+    copied = run(train, adamw, ROUNDS, settings={"pull": "copy"}, overlap=overlap)
+    for mine, theirs in zip(copied, shared, strict=True):
         assert_same_bits(mine, theirs)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from zps.errors import ConfigError, UnsupportedError, WeightsModified
+from zps.errors import ConfigError, GradientModified, UnsupportedError, WeightsModified
 from zps.memory.control import Outcome
 from zps.optim import registry
 from zps.training import state as hub_state
@@ -77,6 +77,7 @@ class Optimizer(torch.optim.Optimizer):
         self.state = defaultdict(dict)
         self._followers = _followers(model, self._params, whole=apply == "worker")
         self._sent = b""
+        self._samples_sent = 1.0
         self._declare()
         if apply == "worker" and self._worker.link.formed:
             raise UnsupportedError(
@@ -105,14 +106,8 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_weights()
         self._stream.hook_all()
-        if self._stream.round_is_open and self._changed_hypers() is not None:
-            self._sent = b""  # they go out with the next round
-            warnings.warn(
-                "a hyperparameter was changed between backward and step, when gradients had "
-                "left: it takes effect one round later. Change it after step, or use "
-                "overlap=False",
-                stacklevel=2,
-            )
+        if self._stream.round_is_open:
+            self._check_unchanged()
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)  # set by a GradScaler
         scaled = found_inf is not None
         finite = not (scaled and bool(found_inf))
@@ -253,8 +248,13 @@ class Optimizer(torch.optim.Optimizer):
         return self._max_grad_norm if self._apply == "hub" else None
 
     def _push_info(self, first: bool, finite: bool) -> PushInfo:
+        hypers = None
         if first:
             self._check_weights()  # before anything has left, so that the round can begin anew
+            self._samples_sent = float(self.samples)
+            hypers = self._changed_hypers()
+        if hypers is not None:
+            self._sent, self._told = hypers, self._spec.hypers(self.param_groups)
         scale = getattr(self, "grad_scale", None)
         hold = hasattr(self, "found_inf") or self._worker.settings.nonfinite == "skip"
         return PushInfo(
@@ -262,18 +262,31 @@ class Optimizer(torch.optim.Optimizer):
             grad_scale=1.0 if scale is None else float(scale),
             finite=finite,
             hold=hold,
-            hypers=self._changed_hypers() if first else None,
+            hypers=hypers,
         )
 
+    def _check_unchanged(self) -> None:
+        """What left with the first gradients cannot be changed any more before the step."""
+        if float(self.samples) != self._samples_sent:
+            raise GradientModified(
+                f"samples was set to {self.samples} on rank {self._worker.rank} when gradients had "
+                f"left that weigh {self._samples_sent}; set it before backward, or use "
+                "overlap=False"
+            )
+        if self._changed_hypers() is not None:
+            warnings.warn(
+                "a hyperparameter was changed between backward and step, when gradients had "
+                "left: it takes effect one round later. Change it after step, or use "
+                "overlap=False",
+                stacklevel=3,
+            )
+
     def _changed_hypers(self) -> bytes | None:
+        """The hyperparameters as they travel, if they are not what the hub was last told."""
         if self._apply == "worker":
             return None
-        groups = self._spec.hypers(self.param_groups)
-        data = pack_hypers(groups, self._hub_norm())
-        if data == self._sent:
-            return None
-        self._sent, self._told = data, groups
-        return data
+        data = pack_hypers(self._spec.hypers(self.param_groups), self._hub_norm())
+        return None if data == self._sent else data
 
     def _step_here(self) -> None:
         """apply="worker": the averaged gradients become this worker's own, and it steps."""

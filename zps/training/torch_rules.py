@@ -122,7 +122,9 @@ def decode_state(data: bytes) -> dict[str, Any]:
 
 
 def _tensor(dtype: str, shape: list[int], raw: bytes) -> torch.Tensor:
-    flat = torch.from_numpy(np.frombuffer(raw, np.uint8).copy()).view(_STATE_DTYPES[dtype])
+    flat = torch.empty(0, dtype=_STATE_DTYPES[dtype])  # bytes of which there are none have no view
+    if raw:
+        flat = torch.from_numpy(np.frombuffer(raw, np.uint8).copy()).view(flat.dtype)
     return flat.reshape(shape)
 
 
