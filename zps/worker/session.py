@@ -55,6 +55,7 @@ class Session:
         self.address = address
         self.settings = settings
         self.received = 0  # messages since the declaration was answered, that one included
+        self._given_up = 0  # the count at which one of them did not come
         self.last_words: Callable[[], str] = str  # where the hub leaves the reason for its end
         self._pid = os.getpid()
         self._closed = ""
@@ -152,13 +153,16 @@ class Session:
                 return answer, frames[1:]
 
     def collect(self, count: int) -> None:
-        """Take messages until `count` have come since the declaration; raises what they refuse."""
+        """Take messages until `count` have come since the declaration; raises what they refuse.
+
+        One that does not come is waited for once: the hub may have been unable to deliver it.
+        """
         with self._lock:
-            while self.received < count:
+            while self.received < count and self._given_up < count:
                 frames = self._receive(0.5)
                 if frames is None:
                     self.check_alive()
-                    self.received = count  # the hub could not deliver it; do not ask for ever
+                    self._given_up = count
                     return
                 self._judge(frames)
 
@@ -197,9 +201,9 @@ class Session:
         if self._closed:
             raise Closed(f"rank {self.rank} is closed: {self._closed}")
 
-    def check_alive(self) -> None:
-        """Raise HubLost when the hub's process has ended."""
-        if self._pidfd >= 0 and readable(self._pidfd):
+    def check_alive(self, patience_s: float = 0.0) -> None:
+        """Raise HubLost when the hub's process has ended, or does so within `patience_s`."""
+        if self._pidfd >= 0 and readable(self._pidfd, patience_s):
             while (frames := self._dealer.receive(0.05)) is not None:
                 self._judge(frames)
             home = home_of(self.address)

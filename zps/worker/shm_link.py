@@ -22,6 +22,7 @@ _SLICE_NS = 100_000_000  # how long Ctrl-C and a dead hub may go unnoticed
 _PULL_TRIES = 1000
 _PULL_S = 5.0
 _BEAT_LATE_S = 3.0
+_ENDING_S = 0.5
 
 
 class ShmLink:
@@ -32,15 +33,20 @@ class ShmLink:
         self._layout = layout
         self.first_round = attach.first_round
         self.formed = attach.formed
+        try:
+            control = _attach(attach.control, writable=False)
+            self.weights = _attach(attach.weights, writable=True)
+            self.slots = _attach(attach.slots, writable=True)
+        except ProtocolError:
+            session.check_alive(_ENDING_S)  # the hub may be ending since it answered
+            raise
         self._control = Control(
-            _attach(attach.control, writable=False),
+            control,
             world_size=session.world_size,
             buckets=len(layout.buckets),
             pieces=len(layout.pieces),
         )
         self._control.check(session.welcome.epoch)
-        self.weights = _attach(attach.weights, writable=True)
-        self.slots = _attach(attach.slots, writable=True)
         for segment, needed in (
             (self.weights, layout.total_bytes),
             (self.slots, layout.arena_bytes),
@@ -86,6 +92,8 @@ class ShmLink:
         deadline = time.monotonic() + timeout_s
         session, control = self._session, self._control
         while True:
+            mail = int(control.mail[session.rank])
+            session.collect(mail)
             left_ns = int(max(0.0, deadline - time.monotonic()) * 1e9)
             result = native.wait(
                 control.signal_address,
@@ -93,16 +101,13 @@ class ShmLink:
                 buckets,
                 targets,
                 self._mail,
-                session.received & 0xFFFFFFFF,
+                mail & 0xFFFFFFFF,
                 session.settings.spin_us,
                 min(_SLICE_NS, left_ns),
             )
             if result is native.Waited.REACHED:
                 return
             session.check_usable()
-            if result is native.Waited.MAIL:
-                session.collect(int(control.mail[session.rank]))
-                continue
             session.check_alive()
             if left_ns == 0:
                 raise WaitTimeout(
