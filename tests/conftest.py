@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -25,3 +26,11 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
 def run(crew: Crew) -> Any:
     """`run(body, *args, world=2, hub={...}, **kwargs)`: see Crew.run."""
     return crew.run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heeded_signals() -> None:
+    """Children inherit ignored signals, and a test run in the background ignores some."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, None)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler or signal.SIG_DFL)

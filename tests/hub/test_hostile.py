@@ -472,7 +472,7 @@ def test_what_does_not_fit_into_memory_is_refused_and_leaves_nothing(crew: Crew,
         assert refusal.code == "out_of_memory"
         assert f"{1 << 47:,} bytes, but only" in refusal.text
         held.append(len(os.listdir(f"/proc/{hub.pid}/fd")))
-    assert len(set(held)) == 1
+    assert max(held) == held[0]  # earlier connections may still be going
 
 
 OTHERS: dict[str, tuple[Callable[[Raw], tuple[Any, ...]], str, str]] = {
