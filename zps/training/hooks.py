@@ -100,9 +100,10 @@ class GradientStream:
         if not self._pushed.all():  # it has all left when a wait that timed out is tried again
             rest = [i for i in range(len(self._params)) if i not in self._left]
             absent = [i for i in rest if self._params[i][1].grad is None]
+            self._finite = self._finite and finite
             for index in rest:
-                finite = self._encode(index) and finite
-            self._push([int(b) for b in np.flatnonzero(~self._pushed)], finite, absent)
+                self._finite = self._encode(index) and self._finite
+            self._push([int(b) for b in np.flatnonzero(~self._pushed)], absent)
         works = list(self._works)
         for work in works:
             work.wait()
@@ -140,6 +141,7 @@ class GradientStream:
         self._missing = self._sizes.copy()
         self._pushed = np.zeros(len(self._sizes), bool)
         self._works: list[Work] = []
+        self._finite = True  # all gradients of the round so far
         self._cut_short = False  # an error came between the first gradient and the step
 
     @contextmanager
@@ -168,14 +170,14 @@ class GradientStream:
                 "backward ran twice in one step. Put all but the last in `with opt.no_sync():`, or "
                 "use overlap=False"
             )
-        finite = self._encode(index)
+        self._finite = self._encode(index) and self._finite
         self._left[index] = param.grad._version
         full = []
         for bucket in self._buckets_of[index]:
             self._missing[bucket] -= 1
             if not self._missing[bucket]:
                 full.append(bucket)
-        self._push(full, finite, [])
+        self._push(full, [])
 
     def _encode(self, index: int) -> bool:
         """Bring one gradient into its slot; whether it is finite. None is zero, and absent."""
@@ -201,10 +203,10 @@ class GradientStream:
         """Under a GradScaler an infinity is expected, and skips the round."""
         return self._info(False, True).hold
 
-    def _push(self, buckets: list[int], finite: bool, absent: list[int]) -> None:
+    def _push(self, buckets: list[int], absent: list[int]) -> None:
         if not buckets:
             return
-        info = self._info(not self._works, finite)
+        info = self._info(not self._works, self._finite)
         if absent:
             info = replace(info, absent=np.array(absent, np.uint32))
         self._works.append(self._worker.push_buckets(buckets, info))
