@@ -55,6 +55,7 @@ class GradientStream:
         # gradients before the step (clipping, a GradScaler), which must then stay possible.
         self._streaming = False
         self._cut_short = False
+        self._finite = True
         self._begin()
 
     def hook_all(self) -> None:
