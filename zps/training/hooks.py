@@ -137,8 +137,9 @@ class GradientStream:
     # --- parts --------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self._left: dict[int, int] = {}  # parameter -> version of its gradient when it left
-        self._seen: dict[int, int] = {}  # the same for gradients that were ready but stayed
+        # parameter -> its gradient and the gradient's version: when it left, and when it was ready
+        self._left: dict[int, tuple[torch.Tensor, int]] = {}
+        self._seen: dict[int, tuple[torch.Tensor, int]] = {}
         self._missing = self._sizes.copy()
         self._pushed = np.zeros(len(self._sizes), bool)
         self._works: list[Work] = []
@@ -163,7 +164,7 @@ class GradientStream:
         name, param = self._params[index]
         assert param.grad is not None
         if not self._streaming:
-            self._seen[index] = param.grad._version
+            self._seen[index] = param.grad, param.grad._version
             return
         if index in self._left:
             raise GradientModified(
@@ -172,7 +173,7 @@ class GradientStream:
                 "use overlap=False"
             )
         self._finite = self._encode(index) and self._finite
-        self._left[index] = param.grad._version
+        self._left[index] = param.grad, param.grad._version
         full = []
         for bucket in self._buckets_of[index]:
             self._missing[bucket] -= 1
@@ -215,9 +216,9 @@ class GradientStream:
 
     def _check_unmodified(self) -> None:
         early = self._overlap and not self._streaming
-        for index, version in (self._seen if early else self._left).items():
+        for index, (gradient, version) in (self._seen if early else self._left).items():
             name, param = self._params[index]
-            if param.grad is None or param.grad._version != version:
+            if param.grad is not gradient or gradient._version != version:
                 raise GradientModified(
                     f"the gradient of {name!r} on rank {self._worker.rank} was changed after it "
                     "had left for the hub (by clipping between backward and step?). Pass "
