@@ -74,23 +74,28 @@ def test_no_sync_accumulates(run, overlap):
         assert_close(result, values(model.parameters()))
 
 
-def never_clear(ctx: Context) -> list[torch.Tensor]:
-    """Without zero_grad, gradients add up over the steps, as in torch."""
+def never_clear(ctx: Context, *, clear: bool) -> list[torch.Tensor]:
+    """Gradients are set to zero but kept, or add up over the steps."""
     model = new_model()
     opt = zps.Optimizer(torch.optim.SGD(model.parameters(), lr=0.01), model, worker=ctx.worker())
     for round_ in range(4):
+        if clear:
+            opt.zero_grad(set_to_none=False)
         loss_of(model, *batch(4, ctx.rank, round_)).backward()
         opt.step()
     return values(model.parameters())
 
 
-def test_gradients_that_are_not_cleared_add_up_as_in_torch(run):
+@pytest.mark.parametrize("clear", [False, True])
+def test_gradients_that_are_kept_behave_as_in_torch(run, clear):
     model = new_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for round_ in range(4):
+        if clear:
+            optimizer.zero_grad(set_to_none=False)
         loss_of(model, *whole(4, 2, round_)).backward()
         optimizer.step()
-    for result in run(never_clear):
+    for result in run(never_clear, clear=clear):
         assert_close(result, values(model.parameters()))
 
 
