@@ -15,6 +15,7 @@ from tests.training.custom import Counting, Failing, MySgd, Signed
 from tests.training.reference import (
     SHAPES,
     assert_close,
+    assert_same_bits,
     average,
     gradients,
     new_params,
@@ -65,6 +66,18 @@ def test_any_class_of_torch_equals_itself(run, name):
     expected = steps_alone(base, range(ROUNDS), world=2, scheduler=schedule)
     for result in run(train_foreign, name):
         assert_close(result, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in HERE if name != "Muon"])
+def test_one_worker_alone_gives_the_very_bits(run, name):
+    expected = steps_alone(new_optimizer(name), range(3), world=1)
+    (result,) = run(train_a_little, name, world=1)
+    assert_same_bits(result, expected)
+
+
+def train_a_little(ctx: Context, name: str) -> list[torch.Tensor]:
+    opt = zps.Optimizer(new_optimizer(name), worker=ctx.worker())
+    return steps_in_hub(opt, range(3), rank=0)
 
 
 def leave_some_out(ctx: Context) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 from typing import Any
@@ -31,6 +32,7 @@ from zps.errors import (
     NonFiniteGradient,
     TensorMismatch,
     UnsupportedError,
+    WaitTimeout,
     WeightsModified,
 )
 
@@ -310,6 +312,65 @@ def change_samples_between(ctx: Context, *, overlap: bool) -> Any:
 @OVERLAP
 def test_samples_set_too_late_are_noticed(run, overlap):
     for result in run(change_samples_between, overlap=overlap):
+        assert_close(result, reference([of_round(0), of_round(1)]))
+
+
+def fail_in_backward(ctx: Context) -> list[torch.Tensor]:
+    """An error of the user's own, when some gradients have left and no step can follow."""
+    params = new_params()
+    opt = zps.Optimizer(torch.optim.SGD(params, lr=0.1), worker=ctx.worker())
+    steps_in_hub(opt, range(1), rank=ctx.rank)
+    opt.zero_grad()
+    if ctx.rank == 1:
+        handle = params[0].register_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            backward(params, gradients(params, ctx.rank, 1))
+        handle.remove()
+        assert opt._stream.round_is_open
+        with pytest.raises(GradientModified, match=r"zero_grad\(\) on rank 1"):
+            opt.zero_grad()
+    else:
+        backward(params, gradients(params, ctx.rank, 1))
+        opt.step()
+    train_once(opt, params, gradients(params, ctx.rank, 2))
+    return values(params)
+
+
+def fail(gradient: torch.Tensor) -> torch.Tensor:
+    raise ZeroDivisionError
+
+
+def test_an_error_of_the_users_own_in_backward_leaves_nobody_waiting(run):
+    first, second = run(fail_in_backward)
+    assert_same_bits(first, second)
+
+
+def wait_in_vain(ctx: Context) -> list[torch.Tensor]:
+    params = new_params()
+    limit = 20.0 if ctx.rank else 0.2
+    opt = zps.Optimizer(torch.optim.SGD(params, lr=0.1), worker=ctx.worker(timeout_s=limit))
+    ctx.meet()
+    if ctx.rank == 1:
+        ctx.hear(0)
+        return steps_in_hub(opt, range(2), rank=1)
+    set_gradients(params, gradients(params, 0, 0))
+    with pytest.raises(WaitTimeout, match=r"the hub waits for ranks \[1\]"):
+        opt.step()
+    ctx.tell(1)
+    wait_until_stepped(opt)
+    set_gradients(params, gradients(params, 0, 1))
+    wait_until_stepped(opt)
+    return values(params)
+
+
+def wait_until_stepped(opt: zps.Optimizer) -> None:
+    while True:
+        with contextlib.suppress(WaitTimeout):
+            return opt.step()
+
+
+def test_a_step_that_timed_out_can_be_tried_again(run):
+    for result in run(wait_in_vain):
         assert_close(result, reference([of_round(0), of_round(1)]))
 
 

@@ -105,6 +105,13 @@ def test_copying_weights_instead_of_sharing_them_changes_no_bit(run, overlap):
         assert_same_bits(mine, theirs)
 
 
+@pytest.mark.parametrize("hub", [{"hub_threads": 1}, {"bucket_bytes": 64 * 2**10}])
+def test_neither_threads_nor_the_size_of_buckets_change_a_bit(run, hub):
+    usual = run(train, adamw, ROUNDS)
+    for mine, theirs in zip(run(train, adamw, ROUNDS, hub=hub), usual, strict=True):
+        assert_same_bits(mine, theirs)
+
+
 def count_pushes(ctx: Context, *, overlap: bool) -> list[int]:
     """How many buckets had left when backward returned, round by round."""
     model = new_model()
