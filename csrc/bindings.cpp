@@ -5,7 +5,8 @@
 
 #include <algorithm>
 #include <stdexcept>
-#include <string>
+#include <utility>
+#include <vector>
 
 #include "core/dispatch.h"
 #include "core/engine.h"
@@ -64,8 +65,9 @@ void bind_engine(py::module_& m) {
         },
         NoGil());
   m.def("reduce",
-        [](Pool& pool, const Jobs& jobs, const std::vector<Address>& outs,
-           std::size_t isa) { reduce(pool, kernels_of(isa), jobs, float_pointers(outs)); },
+        [](Pool& pool, const Jobs& jobs, const std::vector<Address>& outs, std::size_t isa) {
+          reduce(pool, kernels_of(isa), jobs, float_pointers(outs));
+        },
         NoGil());
   m.def("norm_sq",
         [](Pool& pool, const Jobs& jobs, std::size_t isa) {

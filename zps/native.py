@@ -237,7 +237,7 @@ def apply(pool: Pool, jobs: Sequence[Job], isa: str | None = None) -> None:
 
     The result is the same, bit for bit, for any number of threads and any instruction set.
     """
-    _core.apply(pool._open(), [job._load() for job in jobs], _place(isa))
+    _core.apply(pool._open(), _load_all(jobs), _place(isa))
 
 
 def reduce(
@@ -251,12 +251,12 @@ def reduce(
         raise ValueError(f"{len(out_ptrs)} outputs for {len(jobs)} jobs")
     for out in out_ptrs:
         _check_pointer(out, 4, "output")
-    _core.reduce(pool._open(), [job._load() for job in jobs], out_ptrs, _place(isa))
+    _core.reduce(pool._open(), _load_all(jobs), out_ptrs, _place(isa))
 
 
 def norm_sq(pool: Pool, jobs: Sequence[Job], isa: str | None = None) -> float:
     """Sum of squares of the averaged gradients of all jobs; parameters at step 0 count nothing."""
-    return _core.norm_sq(pool._open(), [job._load() for job in jobs], _place(isa))
+    return _core.norm_sq(pool._open(), _load_all(jobs), _place(isa))
 
 
 def encode(
@@ -392,6 +392,13 @@ def add_u32(ptr: int, value: int) -> int:
     """Add to a shared word, wrapping, and return its new value."""
     _check_pointer(ptr, 4, "ptr")
     return _core.add_u32(ptr, value) & 0xFFFFFFFF
+
+
+def _load_all(jobs: Sequence[Job]) -> list[_core.Job]:
+    """Check every job's round and hand it to the core."""
+    if len({id(job) for job in jobs}) != len(jobs):
+        raise ValueError("a job was given twice in one call; it holds one round at a time")
+    return [job._load() for job in jobs]
 
 
 def _place(isa: str | None) -> int:

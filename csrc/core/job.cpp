@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -15,7 +14,7 @@ namespace {
 /// Whether multiplying by 1 / divisor gives the same bits as dividing: for powers of two.
 bool divides_exactly(float divisor) {
   int exponent = 0;
-  return std::frexp(divisor, &exponent) == 0.5f && std::abs(exponent) < 126;
+  return std::frexp(divisor, &exponent) == 0.5f && std::isfinite(1.0f / divisor);
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ class SeqWriter {
   const std::uint64_t version_;
 };
 
-/// Copies the guarded bytes and returns their version, or -1 if `tries` looks found no quiet moment.
+/// Copies the guarded bytes and returns their version, or -1 if `tries` looks found none at rest.
 inline std::int64_t seq_read(const Word64& word, const void* source, void* out, std::size_t bytes,
                              std::uint64_t tries) {
   for (std::uint64_t attempt = 0; attempt < tries; ++attempt) {

@@ -8,7 +8,17 @@ namespace zps {
 
 enum class Dtype : std::uint32_t { kF32, kBf16, kF16 };
 
-enum class Rule : std::uint32_t { kSum, kMean, kAssign, kAdd, kSgd, kAdam, kAdagrad, kRmsprop, kLion };
+enum class Rule : std::uint32_t {
+  kSum,
+  kMean,
+  kAssign,
+  kAdd,
+  kSgd,
+  kAdam,
+  kAdagrad,
+  kRmsprop,
+  kLion,
+};
 
 constexpr int kMaxStates = 4;
 
@@ -19,6 +29,7 @@ struct Segment {
   std::uint32_t group;  // row of Work::hypers
   std::uint32_t param;  // index into Work::steps
 };
+static_assert(sizeof(Segment) == 24, "zps.native.SEGMENT is the same layout");
 
 /// What one application of a rule to one bucket reads and writes.
 /// Every pointer is for the bucket's first element.

@@ -56,7 +56,9 @@ def test_contributions_are_added_in_list_order(pool, contributors, scaled, divis
     np.testing.assert_array_equal(reduced(pool, bucket, isa), expected)
 
 
-@pytest.mark.parametrize("divisor", [2.0, 4.0, 3.0, 2.0**-126, 2.0**126, 2.0**127, 1e-40])
+@pytest.mark.parametrize(
+    "divisor", [2.0, 4.0, 3.0, 2.0**-126, 2.0**126, 2.0**127, 2.0**-130, 1e-40]
+)
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_divisor_gives_the_bits_of_a_division(pool, divisor, isa):
     exponents = np.linspace(-149, 127, 5000)

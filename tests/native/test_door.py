@@ -79,6 +79,12 @@ def test_a_round_that_cannot_be_right_is_not_applied(changes, text):
             call(pool, [bucket.job])
 
 
+def test_a_job_is_given_once():
+    bucket = Bucket("mean", ZEROS, [ZEROS])
+    with pytest.raises(ValueError, match="twice"):
+        native.apply(native.Pool(1), [bucket.job, bucket.job])
+
+
 def test_reduce_needs_an_output_for_each_job():
     bucket = Bucket("mean", ZEROS, [ZEROS])
     with pytest.raises(ValueError, match="0 outputs for 1 jobs"):

@@ -34,10 +34,10 @@ def test_a_thousand_rounds_lose_nothing():
 
 def test_callers_on_several_threads_take_turns():
     pool = native.Pool(3)
-    buckets = [counting(5 * WIDE) for _ in range(3)]
+    buckets = [counting(40 * WIDE) for _ in range(3)]  # long enough to overlap
 
     def work(bucket):
-        for _ in range(200):
+        for _ in range(60):
             native.apply(pool, [bucket.job])
 
     threads = [threading.Thread(target=work, args=(bucket,)) for bucket in buckets]
@@ -45,7 +45,7 @@ def test_callers_on_several_threads_take_turns():
         thread.start()
     for thread in threads:
         thread.join()
-    assert all((bucket.master.values == 200).all() for bucket in buckets)
+    assert all((bucket.master.values == 60).all() for bucket in buckets)
 
 
 class Helpers:
