@@ -23,10 +23,12 @@ import numpy as np
 from bench.peers import team as teams_of
 from bench.peers.base import BenchError, Peer, cores
 from bench.peers.problem import Array
-from bench.peers.team import Samples, Team
+from bench.peers.team import Block, Samples, Team
 
 PROCESS_BYTES = 250 << 20  # an interpreter with torch
 WORKER_THREADS = 1
+_GLANCE_S = 0.2
+_PATIENCE_S = 60.0
 _UNITS = {"": 1, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000}
 
 
@@ -37,6 +39,8 @@ class Plan:
     cycles: int
     block_s: float
     most_rounds: int = 200
+    calm: float = 1.0  # a block waits, and is repeated, while others use more of the cores
+    patience_s: float = 0.0  # for at most so long
 
     @property
     def blocks(self) -> int:
@@ -48,10 +52,11 @@ FULL = Plan(cycles=10, block_s=0.5)
 QUICK = Plan(cycles=3, block_s=0.15, most_rounds=50)
 
 
-def plan(quick: bool, cycles: int | None) -> Plan:
+def plan(quick: bool, cycles: int | None, calm: float | None) -> Plan:
     """What the command line asks for."""
     base = QUICK if quick else FULL
-    return base if cycles is None else replace(base, cycles=cycles)
+    base = base if cycles is None else replace(base, cycles=cycles)
+    return base if calm is None else replace(base, calm=calm, patience_s=_PATIENCE_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,37 +192,80 @@ def rounds_per_block(median_us: float, plan: Plan) -> int:
     return int(min(plan.most_rounds, max(2, plan.block_s * 1e6 / median_us)))
 
 
-def measure(
-    teams: Mapping[str, Team], plan: Plan, tick: Callable[[str], None]
-) -> tuple[dict[str, Measured], float, float]:
-    """Times all teams in turns; `tick` hears of each block.
+@dataclass(slots=True)
+class Run:
+    """What one run measured, the median cost of timing an empty round, and how calm it was.
 
-    Returns what was measured, the median cost of timing an empty round in microseconds, and the
-    share of all cores that other processes of this machine used meanwhile.
+    other_cpu   share of all cores that other processes of this machine used during the blocks
     """
+
+    measured: dict[str, Measured]
+    start_us: float
+    other_cpu: float
+
+
+def measure(teams: Mapping[str, Team], plan: Plan, tick: Callable[[str], None]) -> Run:
+    """Times all teams in turns; `tick` hears of each block."""
     rounds, start_us = _warm_up(teams, plan, tick)
     found = {
         name: Measured([], {"worker": WORKER_THREADS, "server": team.server.threads})
         for name, team in teams.items()
     }
-    began = _busy_s(), _own_s(teams), time.monotonic()
+    shares: list[float] = []
     for _ in range(plan.cycles):
         blocks: dict[str, list[Samples]] = {name: [] for name in teams}
         for name in mirrored(list(teams)):
-            with teams[name].awake():
-                teams[name].run(1)  # caches and cores change hands between blocks
-                block = teams[name].run(rounds[name])
+            tick(name)
+            block, share = timed_block(teams[name], rounds[name], plan)
             blocks[name].append(block.samples)
             found[name].late += block.late
-            tick(name)
+            shares.append(share)
         merged = {name: np.concatenate(parts) for name, parts in blocks.items()}
         if all(part.size for part in merged.values()):
             for name, part in merged.items():
                 found[name].cycles.append(part)
-    if not found[next(iter(found))].cycles:
+    if not all(measured.cycles for measured in found.values()):
         raise BenchError("every round began late: this machine is too busy to measure anything")
-    busy, own, wall = _busy_s() - began[0], _own_s(teams) - began[1], time.monotonic() - began[2]
-    return found, start_us, max(0.0, (busy - own) / (wall * cores()))
+    return Run(found, start_us, sum(shares) / len(shares))
+
+
+def timed_block(team: Team, rounds: int, plan: Plan) -> tuple[Block, float]:
+    """One block and the share of the cores that others used meanwhile; repeated until calm."""
+    deadline = time.monotonic() + plan.patience_s
+    while True:
+        while time.monotonic() < deadline and _others_over(_GLANCE_S) > plan.calm:
+            continue
+        others = Others(team)
+        with team.awake():
+            team.run(1)  # caches and cores change hands between blocks
+            block = team.run(rounds)
+        share = others.share()
+        if share <= plan.calm or time.monotonic() >= deadline:
+            return block, share
+
+
+class Others:
+    """How much of the machine processes use that are neither this one nor the team's."""
+
+    def __init__(self, team: Team | None = None) -> None:
+        self._team = team
+        self._began = self._now()
+
+    def share(self) -> float:
+        """Share of all cores since this object was made."""
+        used, wall = (now - then for now, then in zip(self._now(), self._began, strict=True))
+        return max(0.0, used / (wall * cores()))
+
+    def _now(self) -> tuple[float, float]:
+        own = time.process_time() + (self._team.cpu_s() if self._team else 0.0)
+        return _busy_s() - own, time.monotonic()
+
+
+def _others_over(seconds: float) -> float:
+    """Share of all cores that others use, watched for so long; no team may run."""
+    others = Others()
+    time.sleep(seconds)
+    return others.share()
 
 
 def _warm_up(
@@ -298,7 +346,3 @@ def _busy_s() -> float:
         int(f) for f in Path("/proc/stat").read_text().split(maxsplit=9)[1:8]
     )
     return float(user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-
-
-def _own_s(teams: Mapping[str, Team]) -> float:
-    return time.process_time() + sum(team.cpu_s() for team in teams.values())

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from bench.harness import Measured, Ratio, human, ratio_of_medians
+from bench.harness import Measured, Ratio, Run, human, ratio_of_medians
 from bench.peers.base import BenchError, cores
 
 # The options that all comparisons share.
@@ -27,6 +27,15 @@ Workers = Annotated[int, typer.Option("-n", "--workers", min=1, max=64)]
 Peers = Annotated[str | None, typer.Option("--peers", help="comma-separated; default: all")]
 Quick = Annotated[bool, typer.Option("--quick", help="fewer and shorter blocks")]
 Cycles = Annotated[int | None, typer.Option("--cycles", min=2, help="mirrored cycles")]
+Calm = Annotated[
+    float | None,
+    typer.Option(
+        "--calm",
+        min=0.0,
+        max=1.0,
+        help="wait with, and repeat, blocks while other processes use more of the cores than this",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0)]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="add the JSON lines to this file")]
 
@@ -52,16 +61,14 @@ class Case:
     size: int
     payload_bytes: int
     world: int
-    measured: dict[str, Measured]
-    start_us: float
-    other_cpu: float
+    run: Run
     goals: Sequence[Goal] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def subjects(self) -> list[str]:
         """Those whom the others are compared with: every form of zps, or else the first."""
-        names = list(self.measured)
+        names = list(self.run.measured)
         return [name for name in names if name.startswith("zps")] or names[:1]
 
     def goal(self, subject: str, peer: str) -> float | None:
@@ -69,7 +76,7 @@ class Case:
         return next(covers, None)
 
     def ratio(self, subject: str, peer: str) -> Ratio:
-        return ratio_of_medians(self.measured[peer].cycles, self.measured[subject].cycles)
+        return ratio_of_medians(self.run.measured[peer].cycles, self.run.measured[subject].cycles)
 
 
 def facts() -> dict[str, Any]:
@@ -115,11 +122,11 @@ def lines(case: Case) -> list[str]:
 
 def _record(case: Case, subject: str) -> dict[str, Any]:
     peers = {}
-    for name in case.measured:
+    for name in case.run.measured:
         if name != subject:
             ratio, goal = case.ratio(subject, name), case.goal(subject, name)
             peers[name] = {
-                **_figures(case.measured[name]),
+                **_figures(case.run.measured[name]),
                 "ratio": round(ratio.value, 3),
                 "ratio_ci95": [round(ratio.low, 3), round(ratio.high, 3)],
                 **({"goal": round(goal, 3), "met": ratio.value >= goal} if goal else {}),
@@ -130,16 +137,17 @@ def _record(case: Case, subject: str) -> dict[str, Any]:
         "size": case.size,
         "bytes": case.payload_bytes,
         "workers": case.world,
-        **_figures(case.measured[subject]),
+        **_figures(case.run.measured[subject]),
         "peers": peers,
-        "start_us": round(case.start_us, 1),
-        "other_cpu": round(case.other_cpu, 3),
+        "start_us": round(case.run.start_us, 1),
+        "other_cpu": round(case.run.other_cpu, 3),
         **case.facts,
     }
 
 
 def _figures(measured: Measured) -> dict[str, Any]:
     return {
+        "p10_us": round(measured.p(10), 1),
         "p50_us": round(measured.p(50), 1),
         "p99_us": round(measured.p(99), 1),
         "rounds": int(measured.samples.size),
@@ -153,19 +161,25 @@ def table(case: Case) -> Table:
     shown = Table(
         title=f"{case.bench}: {human(case.size)}, {case.payload_bytes / 1e6:g} MB, "
         f"{case.world} workers",
-        caption=f"empty round {case.start_us:.0f} µs, "
-        f"other processes used {case.other_cpu:.0%} of the cores",
+        caption=f"empty round {case.run.start_us:.0f} µs, "
+        f"other processes used {case.run.other_cpu:.0%} of the cores",
     )
     shown.add_column("participant")
-    for title in ("p50 ms", "p99 ms", "rounds", "threads", *(f"÷ {s}" for s in case.subjects)):
+    for title in (
+        "p10 ms",
+        "p50 ms",
+        "p99 ms",
+        "rounds",
+        "threads",
+        *(f"÷ {s}" for s in case.subjects),
+    ):
         shown.add_column(title, justify="right")
-    for name, measured in case.measured.items():
+    for name, measured in case.run.measured.items():
         threads = f"{measured.threads['worker']} + {measured.threads['server']}"
         ratios = ("" if s == name else _cell(case, s, name) for s in case.subjects)
         shown.add_row(
             name,
-            f"{measured.p(50) / 1e3:.3f}",
-            f"{measured.p(99) / 1e3:.3f}",
+            *(f"{measured.p(percent) / 1e3:.3f}" for percent in (10, 50, 99)),
             str(measured.samples.size),
             threads,
             *ratios,

@@ -48,11 +48,11 @@ def measure_size(
                 team.run(_CHECKED_ROUNDS)
                 harness.check(team, expected, _CHECKED_ROUNDS)
         del expected
-        measured, start_us, other_cpu = harness.measure(teams, plan, tick)
+        run = harness.measure(teams, plan, tick)
         for team in teams.values():
             harness.check_agreement(team)
     facts = report.facts()
-    return Case("step", size, 4 * size, world, measured, start_us, other_cpu, GOALS, facts)
+    return Case("step", size, 4 * size, world, run, GOALS, facts)
 
 
 @app.command()
@@ -62,6 +62,7 @@ def main(
     peers: report.Peers = None,
     quick: report.Quick = False,
     cycles: report.Cycles = None,
+    calm: report.Calm = None,
     seed: report.Seed = 0,
     json_file: report.JsonFile = None,
 ) -> None:
@@ -74,7 +75,7 @@ def main(
             harness.require_memory(chosen, size, workers, payload_bytes=4 * size)
         for note in notes:
             console.print(note, style="yellow")
-        plan = harness.plan(quick, cycles)
+        plan = harness.plan(quick, cycles, calm)
         for size in wanted:
             case = measure_size(chosen, size, workers, seed, plan, console)
             report.tell(case, console, json_file)

@@ -57,11 +57,11 @@ def measure_width(
     ):
         tick("check")
         check_weights(teams)
-        measured, start_us, other_cpu = harness.measure(teams, plan, tick)
+        run = harness.measure(teams, plan, tick)
         for team in _sharing(teams):
             harness.check_agreement(team)
     size, facts = parameters(width), report.facts()
-    return Case("train", size, 4 * size, world, measured, start_us, other_cpu, GOALS, facts)
+    return Case("train", size, 4 * size, world, run, GOALS, facts)
 
 
 @app.command()
@@ -71,6 +71,7 @@ def main(
     peers: report.Peers = None,
     quick: report.Quick = False,
     cycles: report.Cycles = None,
+    calm: report.Calm = None,
     seed: report.Seed = 0,
     json_file: report.JsonFile = None,
 ) -> None:
@@ -81,7 +82,7 @@ def main(
         harness.require_memory(chosen, width, workers, payload_bytes=4 * parameters(width))
         for note in notes:
             console.print(note, style="yellow")
-        plan = harness.plan(quick, cycles)
+        plan = harness.plan(quick, cycles, calm)
         case = measure_width(chosen, width, workers, seed, plan, console)
         report.tell(case, console, json_file)
 

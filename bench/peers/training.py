@@ -99,7 +99,9 @@ class TrainZps(Training):
 
 class TrainDdp(Training):
     name: ClassVar[str] = "ddp"
-    about: ClassVar[str] = "DistributedDataParallel over gloo, fused torch.optim.SGD per worker"
+    about: ClassVar[str] = (
+        "tuned DistributedDataParallel over gloo, fused torch.optim.SGD in every worker"
+    )
 
     @classmethod
     def available(cls) -> str | None:
@@ -111,7 +113,10 @@ class TrainDdp(Training):
         Gloo.join(seat)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own start-up uses what torch has deprecated
-            self._model = torch.nn.parallel.DistributedDataParallel(self._model)
+            # Both options are off by default; they are the fastest for a model like this one.
+            self._model = torch.nn.parallel.DistributedDataParallel(
+                self._model, gradient_as_bucket_view=True, static_graph=True
+            )
         return fused_sgd(self._model)
 
     def close(self) -> None:

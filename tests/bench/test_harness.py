@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,7 @@ from bench.peers import problem
 from bench.peers.base import BenchError, Peer
 from bench.peers.gloo import Gloo
 from bench.peers.rpc import Rpc
-from bench.peers.team import merge
+from bench.peers.team import Block, merge
 from bench.peers.zps_round import Zps, ZpsGrad
 
 PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, Gloo, Rpc)
@@ -80,6 +81,36 @@ def test_a_cycle_is_its_own_mirror_image() -> None:
 def test_a_block_has_at_least_two_rounds_and_at_most_what_the_plan_allows() -> None:
     plan = Plan(cycles=2, block_s=0.1, most_rounds=50)
     assert [rounds_per_block(us, plan) for us in (1e6, 1e4, 1.0)] == [2, 10, 50]
+
+
+class FakeTeam:
+    """Takes no time and no core; counts the blocks."""
+
+    blocks = 0
+
+    def awake(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def run(self, rounds: int) -> Block:
+        self.blocks += rounds > 1
+        return Block(np.full(rounds, 5.0), 0)
+
+    def cpu_s(self) -> float:
+        return 0.0
+
+
+@pytest.mark.parametrize(("patience_s", "blocks"), [(60.0, 3), (0.0, 1)])
+def test_a_block_is_repeated_until_others_are_calm_or_patience_ends(
+    patience_s: float, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = iter([0.5, 0.3, 0.01])
+    monkeypatch.setattr(harness.Others, "share", lambda self: next(shares))
+    monkeypatch.setattr(harness, "_others_over", lambda seconds: 0.0)
+    team = FakeTeam()
+    plan = Plan(cycles=1, block_s=1.0, calm=0.1, patience_s=patience_s)
+    block, share = harness.timed_block(team, 4, plan)  # type: ignore[arg-type]
+    assert (team.blocks, len(block.samples)) == (blocks, 4)
+    assert share == (0.01 if patience_s else 0.5)
 
 
 def test_the_ratio_of_medians_ignores_outliers() -> None:

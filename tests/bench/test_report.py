@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 
-from bench.harness import Measured
+from bench.harness import Measured, Run
 from bench.report import Case, Goal, facts, lines, table
 
 
@@ -17,7 +17,7 @@ def case(**measured: float) -> Case:
         for name, us in measured.items()
     }
     goals = (Goal("zps", "gloo", 5.0, (1000,)),)
-    return Case("step", 1000, 4000, 2, found, 1.0, 0.25, goals, facts())
+    return Case("step", 1000, 4000, 2, Run(found, 1.0, 0.25), goals, facts())
 
 
 def test_every_form_of_zps_has_a_line_with_its_peers_and_their_ratios() -> None:
