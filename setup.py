@@ -49,6 +49,7 @@ class BuildCore(build_ext):
             for objects in workers.map(compile_one, ext.sources):
                 ext.extra_objects += objects
         ext.sources = []
+        self.force = True  # the base class looks at sources, of which it has none left
         super().build_extension(ext)
 
 
