@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import permutations
+from typing import Any
 
 import pytest
 import torch
 
 import zps
 from tests.training.reference import (
+    assert_close,
     assert_same_bits,
     gradients,
     new_params,
-    steps_in_hub,
     train,
     values,
 )
@@ -27,18 +29,20 @@ def push_in_order(ctx: Context, orders: list[Order]) -> list[torch.Tensor]:
     params = new_params()
     worker = ctx.worker()
     opt = zps.Optimizer(torch.optim.AdamW(params, lr=0.01), worker=worker)
-    steps_in_hub(opt, range(1), rank=ctx.rank)  # gradients leave early from the second round on
-    for round_, order in enumerate(orders, start=1):
+    for round_, order in enumerate(orders):
         opt.zero_grad()
         at = order.index(ctx.rank)
         if at > 0:
             ctx.hear(order[at - 1])
         grads = gradients(params, ctx.rank, round_)
         sum((p * grad).sum() for p, grad in zip(params, grads, strict=True)).backward()
+        step = threading.Thread(target=opt.step)
+        step.start()
         if at + 1 < ctx.world:
-            assert worker.stats()["waiting_for"] == sorted(order[at + 1 :])  # the hub has them
+            while worker.stats()["waiting_for"] != sorted(order[at + 1 :]):
+                pass  # until the hub has what this rank pushed
             ctx.tell(order[at + 1])
-        opt.step()
+        step.join()
     return values(params)
 
 
@@ -112,24 +116,60 @@ def test_neither_threads_nor_the_size_of_buckets_change_a_bit(run, hub):
         assert_same_bits(mine, theirs)
 
 
-def count_pushes(ctx: Context, *, overlap: bool) -> list[int]:
-    """How many buckets had left when backward returned, round by round."""
+def look_before_the_step(ctx: Context, *, overlap: bool) -> None:
     model = new_model()
     worker = ctx.worker()
     opt = zps.Optimizer(
         torch.optim.SGD(model.parameters(), lr=0.01), model, overlap=overlap, worker=worker
     )
-    left = []
     for _ in range(3):
         opt.zero_grad()
         model(torch.ones(1, 20)).sum().backward()
-        left.append(int(opt._stream._pushed.sum()))
+        weights = values(model.parameters())
+        copied = [
+            torch.equal(worker.slot(name), param.grad) for name, param in model.named_parameters()
+        ]
+        assert all(copied) == overlap
+        worker.stats()  # whatever was sent before has been carried out by now
+        assert_same_bits(values(model.parameters()), weights)
         opt.step()
-    return left
+        assert not torch.equal(next(model.parameters()), weights[0])
 
 
-def test_gradients_leave_during_backward_only_with_overlap(run):
-    assert run(count_pushes, overlap=False, world=1) == [[0, 0, 0]]
-    ((first, *rest),) = run(count_pushes, overlap=True, world=1)
-    assert first == 0  # it is not known yet whether this loop changes gradients before the step
-    assert rest[0] == rest[1] > 3
+@pytest.mark.parametrize("overlap", [True, False])
+def test_gradients_are_copied_during_backward_and_applied_at_the_step(run, overlap):
+    run(look_before_the_step, overlap=overlap, world=1)
+
+
+class Detached(torch.autograd.Function):
+    """A product whose backward reads the weight when its gradient has long been accumulated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.weight = weight
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad * ctx.weight, None
+
+
+def read_weights_late(ctx: Context) -> list[torch.Tensor]:
+    opt_params = [torch.nn.Parameter(torch.full((4,), 2.0)), torch.nn.Parameter(torch.ones(4))]
+    late, early = opt_params
+    opt = zps.Optimizer(torch.optim.SGD(opt_params, lr=0.5), worker=ctx.worker())
+    for _ in range(3):
+        opt.zero_grad()
+        # `early` is done first in backward; then its value is read, detached, on the way to `late`.
+        (Detached.apply(late, early.detach()) * early).sum().backward()
+        opt.step()
+    return values(opt_params)
+
+
+def test_backward_may_read_a_weight_whose_gradient_is_ready(run):
+    params = [torch.full((4,), 2.0), torch.ones(4)]
+    for _ in range(3):
+        late, early = params
+        params = [late - 0.5 * early * early, early - 0.5 * late * early]
+    for result in run(read_weights_late):
+        assert_close(result, params)

@@ -1,7 +1,8 @@
-"""Gradients on their way out: each leaves when it is ready, each bucket when it is full.
+"""Gradients on their way out: copied while they are hot, handed over at the step.
 
-A post-accumulate-grad hook copies the gradient into this worker's slot while it is hot in cache and
-pushes the bucket once all of its parameters have fired. What did not fire leaves at the step.
+With `overlap`, a post-accumulate-grad hook copies each gradient into this worker's slot as soon as
+it is ready. The hub gets them at the step, all at once: were it to write weights earlier, the rest
+of backward, and whatever a loop does before `step()`, would see half of the next round.
 """
 
 from __future__ import annotations
@@ -33,195 +34,119 @@ class GradientStream:
         params: Params,
         *,
         overlap: bool,
-        info: Callable[[bool, bool], PushInfo],
+        info: Callable[[bool], PushInfo],
     ):
-        """info(first, finite) gives what travels with a push; `first` is true once a round."""
+        """info(finite) gives what travels with a round's gradients."""
         self._worker = worker
         self._params = params
         self._overlap = overlap
         self._info = info
-        layout = worker.layout
-        self._buckets_of = [
-            sorted({layout.pieces[p].bucket for p in layout.pieces_of(i)})
-            for i in range(len(params))
-        ]
-        sizes = np.zeros(len(layout.buckets), np.int64)
-        for buckets in self._buckets_of:
-            sizes[buckets] += 1
-        self._sizes = sizes
-        self._hooked: set[int] = set()
+        self._slots = [worker.slot(name) for name, _ in params]
+        self._buckets = range(len(worker.layout.buckets))
+        self._hooks: dict[int, Any] = {}  # parameter -> its hook's handle
         self._paused = False
-        # In the first round nothing leaves early: by its end it is known whether this loop changes
-        # gradients before the step (clipping, a GradScaler), which must then stay possible.
-        self._streaming = False
-        self._cut_short = False
-        self._finite = True
+        self._work: Work | None = None
         self._begin()
 
     def hook_all(self) -> None:
         """Hook every parameter that requires a gradient by now; later ones join when they do."""
+        if not self._overlap or len(self._hooks) == len(self._params):
+            return
         for index, (_, param) in enumerate(self._params):
-            if param.requires_grad and index not in self._hooked:
+            if param.requires_grad and index not in self._hooks:
                 register: Any = param.register_post_accumulate_grad_hook  # torch has no types here
-                register(lambda _, i=index: self._on_ready(i))
-                self._hooked.add(index)
+                self._hooks[index] = register(lambda _, i=index: self._on_ready(i))
+
+    def detach(self) -> None:
+        """Leave the model alone: it outlives the job."""
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+        self._slots.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let gradients accumulate here; nothing leaves."""
+        """Let gradients accumulate here; nothing is copied."""
         before, self._paused = self._paused, True
         try:
             yield
         finally:
             self._paused = before
 
-    @property
-    def round_is_open(self) -> bool:
-        """Whether gradients of the current round have left."""
-        return bool(self._works)
+    def finish(self, *, scaled: bool, finite: bool = True) -> tuple[Outcome, ...]:
+        """Hand the round over, wait for it, and begin the next.
 
-    def finish(self, *, in_place_ok: bool, finite: bool = True) -> tuple[Outcome, ...]:
-        """Send what has not left, wait for the round, and begin the next.
-
-        in_place_ok  gradients may have been changed since backward (a GradScaler did)
-        finite       False: this worker found infinities itself; the round is to be skipped
-        Raises GradientModified, NonFiniteGradient, WaitTimeout, HubLost.
+        scaled  a GradScaler is at work: it changes gradients after backward, and infinities skip
+                the round for everyone
+        finite  False: the scaler has found some already
+        Raises GradientModified, NonFiniteGradient (nothing has left then), WaitTimeout (the same
+        step may be tried again), HubLost.
         """
-        with self._noting_errors():
-            return self._finish(in_place_ok, finite)
-
-    def _finish(self, in_place_ok: bool, finite: bool) -> tuple[Outcome, ...]:
-        if not in_place_ok:
-            self._check_unmodified()
-        elif self._left:
-            raise GradientModified(
-                "a GradScaler took over in the middle of a run, when scaled gradients had already "
-                "left; use it from the first step, or overlap=False"
-            )
-        if not self._pushed.all():  # it has all left when a wait that timed out is tried again
-            rest = [i for i in range(len(self._params)) if i not in self._left]
-            absent = [i for i in rest if self._params[i][1].grad is None]
-            self._finite = self._finite and finite
-            for index in rest:
-                self._finite = self._encode(index) and self._finite
-            self._push([int(b) for b in np.flatnonzero(~self._pushed)], absent)
-        works = list(self._works)
-        for work in works:
-            work.wait()
-        self._streaming = self._overlap and not in_place_ok
+        if self._work is None:
+            self._work = self._hand_over(scaled, finite)
+        outcomes = self._work.wait().outcomes
         self._begin()
-        return tuple(outcome for work in works for outcome in work.outcomes)
+        return outcomes
 
     def forget(self) -> None:
-        """The gradients are about to be cleared: begin the round anew.
-
-        If an error cut it short when part of it had left, the rest follows as nothing, so that the
-        others need not wait for it. Raises GradientModified if what left was not to be stepped.
-        """
-        if self._works and not self._cut_short:
-            self._cut_short = True
-            raise GradientModified(
-                f"zero_grad() on rank {self._worker.rank} came between backward and step, when "
-                "gradients had left for the hub. Put a backward that is not followed by a step in "
-                "`with opt.no_sync():`, or use overlap=False"
-            )
-        buckets = [int(b) for b in np.flatnonzero(~self._pushed)]
-        if self._works and buckets:
-            nothing = replace(self._info(False, True), samples=0.0)
-            self._works.append(self._worker.push_buckets(buckets, nothing))
-            self._pushed[buckets] = True
-        for work in self._works:
-            work.wait()
+        """The gradients are about to be cleared; a round that has left already is waited for."""
+        if self._work is not None:
+            self._work.wait()
         self._begin()
 
     # --- parts --------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        # parameter -> its gradient and the gradient's version: when it left, and when it was ready
-        self._left: dict[int, tuple[torch.Tensor, int]] = {}
-        self._seen: dict[int, tuple[torch.Tensor, int]] = {}
-        self._missing = self._sizes.copy()
-        self._pushed = np.zeros(len(self._sizes), bool)
-        self._works: list[Work] = []
-        self._finite = True  # all gradients of the round so far
-        self._cut_short = False  # an error came between the first gradient and the step
-
-    @contextmanager
-    def _noting_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._cut_short = True
-            raise
+        self._work = None
+        # parameter -> the gradient that lies in its slot, the gradient's version, is it finite
+        self._copied: dict[int, tuple[torch.Tensor, int, bool]] = {}
 
     def _on_ready(self, index: int) -> None:
-        if self._paused or self._worker.closed:  # the model outlives the job
-            return
-        with self._noting_errors():
-            self._take(index)
+        gradient = self._params[index][1].grad
+        if not self._paused and self._work is None and gradient is not None:
+            self._copy(index, gradient)
 
-    def _take(self, index: int) -> None:
-        name, param = self._params[index]
-        assert param.grad is not None
-        if not self._streaming:
-            self._seen[index] = param.grad, param.grad._version
-            return
-        if index in self._left:
-            raise GradientModified(
-                f"the gradient of {name!r} on rank {self._worker.rank} grew after it had left: "
-                "backward ran twice in one step. Put all but the last in `with opt.no_sync():`, or "
-                "use overlap=False"
-            )
-        self._finite = self._encode(index) and self._finite
-        self._left[index] = param.grad, param.grad._version
-        full = []
-        for bucket in self._buckets_of[index]:
-            self._missing[bucket] -= 1
-            if not self._missing[bucket]:
-                full.append(bucket)
-        self._push(full, [])
+    def _hand_over(self, scaled: bool, finite: bool) -> Work:
+        absent = []
+        for index, (_, param) in enumerate(self._params):
+            copied = self._copied.get(index)
+            if copied is not None and _is_same(param.grad, copied[:2]):
+                continue
+            if copied is not None and not scaled:
+                raise self._modified(index)
+            if param.grad is None:
+                self._copied.pop(index, None)
+                self._slots[index].zero_()
+                absent.append(index)
+            else:
+                self._copy(index, param.grad)
+        bad = [index for index, (_, _, fine) in self._copied.items() if not fine]
+        if bad and not scaled and self._worker.settings.nonfinite == "raise":
+            raise nonfinite(self._params[min(bad)][0], self._worker.rank)
+        info = self._info(finite and not bad)
+        if absent:
+            info = replace(info, absent=np.array(absent, np.uint32))
+        return self._worker.push_buckets(self._buckets, info)
 
-    def _encode(self, index: int) -> bool:
-        """Bring one gradient into its slot; whether it is finite. None is zero, and absent."""
-        name, param = self._params[index]
-        slot = self._worker.slot(name)
-        gradient = param.grad
-        if gradient is None:
-            slot.zero_()
-            return True
+    def _copy(self, index: int, gradient: torch.Tensor) -> None:
+        name, slot = self._params[index][0], self._slots[index]
         if gradient.is_sparse:
             raise UnsupportedError(
                 f"the gradient of {name!r} is sparse, which this version does not exchange; "
                 "use sparse=False"
             )
         check_like(name, slot, gradient, self._worker.rank)
-        policy = self._worker.settings.nonfinite
-        finite = encode(gradient, slot) or policy == "allow"
-        if not finite and policy == "raise" and not self._scaled():
-            raise nonfinite(name, self._worker.rank)
-        return finite
+        finite = encode(gradient, slot) or self._worker.settings.nonfinite == "allow"
+        self._copied[index] = gradient, gradient._version, finite
 
-    def _scaled(self) -> bool:
-        """Under a GradScaler an infinity is expected, and skips the round."""
-        return self._info(False, True).hold
+    def _modified(self, index: int) -> GradientModified:
+        return GradientModified(
+            f"the gradient of {self._params[index][0]!r} on rank {self._worker.rank} was changed "
+            "after it had left (by clipping between backward and step?). Pass max_grad_norm= to "
+            "zps.Optimizer to clip the averaged gradient, or overlap=False to send gradients as "
+            "they are at the step"
+        )
 
-    def _push(self, buckets: list[int], absent: list[int]) -> None:
-        if not buckets:
-            return
-        info = self._info(not self._works, self._finite)
-        if absent:
-            info = replace(info, absent=np.array(absent, np.uint32))
-        self._works.append(self._worker.push_buckets(buckets, info))
-        self._pushed[buckets] = True
 
-    def _check_unmodified(self) -> None:
-        early = self._overlap and not self._streaming
-        for index, (gradient, version) in (self._seen if early else self._left).items():
-            name, param = self._params[index]
-            if param.grad is not gradient or gradient._version != version:
-                raise GradientModified(
-                    f"the gradient of {name!r} on rank {self._worker.rank} was changed after it "
-                    "had left for the hub (by clipping between backward and step?). Pass "
-                    "max_grad_norm= to zps.Optimizer to clip the averaged gradient, or "
-                    "overlap=False to send gradients at the step"
-                )
+def _is_same(gradient: torch.Tensor | None, copied: tuple[torch.Tensor, int]) -> bool:
+    return gradient is copied[0] and gradient._version == copied[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from zps.errors import ConfigError, GradientModified, UnsupportedError, WeightsModified
+from zps.errors import ConfigError, UnsupportedError, WeightsModified
 from zps.memory.control import Outcome
 from zps.optim import registry
 from zps.training import state as hub_state
@@ -31,7 +30,8 @@ class Optimizer(torch.optim.Optimizer):
     model          the module whose parameters it holds: gives names, buffers and frozen parameters
     apply          "hub": the hub takes the step. "worker": the hub averages gradients, and
                    `optimizer` takes the step here
-    overlap        gradients leave during backward; False: at the step
+    overlap        gradients are copied for the hub during backward, each while it is hot in cache,
+                   and may not be changed after that; False: all at the step
     max_grad_norm  clip the averaged gradient by its global norm, as clip_grad_norm_ does
     worker         None: the one that `zps.init()` made
 
@@ -39,7 +39,7 @@ class Optimizer(torch.optim.Optimizer):
     all. From then on parameters (fp32, bf16 or fp16) lie in memory shared with the hub (bsp) or are
     copies of it: read them freely, and after writing them call `publish()`.
 
-    Set `samples` before backward to weight this worker's gradient in the mean, as for an uneven
+    Set `samples` before the step to weight this worker's gradient in the mean, as for an uneven
     last batch: samples = len(batch).
 
     Raises LayoutMismatch, TensorMismatch, UnsupportedError, ConfigError, OutOfMemory, WaitTimeout.
@@ -77,7 +77,6 @@ class Optimizer(torch.optim.Optimizer):
         self.state = defaultdict(dict)
         self._followers = _followers(model, self._params, whole=apply == "worker")
         self._sent = b""
-        self._samples_sent = 1.0
         self._declare()
         if apply == "worker" and self._worker.link.formed:
             raise UnsupportedError(
@@ -96,7 +95,7 @@ class Optimizer(torch.optim.Optimizer):
     # --- the loop -----------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Send what has not left, and return when the model holds the new weights.
+        """Hand the gradients over, and return when the model holds the new weights.
 
         Raises GradientModified, WeightsModified, NonFiniteGradient, WaitTimeout, HubLost.
         """
@@ -106,12 +105,10 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_weights()
         self._stream.hook_all()
-        if self._stream.round_is_open:
-            self._check_unchanged()
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)  # set by a GradScaler
         scaled = found_inf is not None
         finite = not (scaled and bool(found_inf))
-        outcomes = self._stream.finish(in_place_ok=scaled, finite=finite)
+        outcomes = self._stream.finish(scaled=scaled, finite=finite)
         skipped = Outcome.SKIPPED in outcomes
         if self._apply == "worker":
             if not skipped:
@@ -121,10 +118,7 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; also ends a round that an error cut short, so that nobody waits for it.
-
-        Raises GradientModified when gradients that have left would be cleared without a step.
-        """
+        """As torch's; a step whose wait timed out is waited for first."""
         if not self._worker.closed:
             self._stream.forget()
             self._stream.hook_all()
@@ -247,12 +241,8 @@ class Optimizer(torch.optim.Optimizer):
     def _hub_norm(self) -> float | None:
         return self._max_grad_norm if self._apply == "hub" else None
 
-    def _push_info(self, first: bool, finite: bool) -> PushInfo:
-        hypers = None
-        if first:
-            self._check_weights()  # before anything has left, so that the round can begin anew
-            self._samples_sent = float(self.samples)
-            hypers = self._changed_hypers()
+    def _push_info(self, finite: bool) -> PushInfo:
+        hypers = self._changed_hypers()
         if hypers is not None:
             self._sent, self._told = hypers, self._spec.hypers(self.param_groups)
         scale = getattr(self, "grad_scale", None)
@@ -264,22 +254,6 @@ class Optimizer(torch.optim.Optimizer):
             hold=hold,
             hypers=hypers,
         )
-
-    def _check_unchanged(self) -> None:
-        """What left with the first gradients cannot be changed any more before the step."""
-        if float(self.samples) != self._samples_sent:
-            raise GradientModified(
-                f"samples was set to {self.samples} on rank {self._worker.rank} when gradients had "
-                f"left that weigh {self._samples_sent}; set it before backward, or use "
-                "overlap=False"
-            )
-        if self._changed_hypers() is not None:
-            warnings.warn(
-                "a hyperparameter was changed between backward and step, when gradients had "
-                "left: it takes effect one round later. Change it after step, or use "
-                "overlap=False",
-                stacklevel=3,
-            )
 
     def _changed_hypers(self) -> bytes | None:
         """The hyperparameters as they travel, if they are not what the hub was last told."""
