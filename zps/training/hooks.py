@@ -103,7 +103,9 @@ class GradientStream:
 
     def _on_ready(self, index: int) -> None:
         gradient = self._params[index][1].grad
-        if not self._paused and self._work is None and gradient is not None:
+        if self._paused:
+            self._copied.pop(index, None)  # it has grown; the step copies it once more
+        elif self._work is None and gradient is not None:
             self._copy(index, gradient)
 
     def _hand_over(self, scaled: bool, finite: bool) -> Work:
