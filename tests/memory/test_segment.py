@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import gc
@@ -18,7 +19,14 @@ import pytest
 
 from zps.errors import OutOfMemory, ProtocolError
 from zps.memory import segment as module
-from zps.memory.segment import HUGE_PAGE, SEALS, Segment, SegmentRef, private_floats
+from zps.memory.segment import (
+    HUGE_PAGE,
+    SEALS,
+    Segment,
+    SegmentRef,
+    available_bytes,
+    private_floats,
+)
 
 PIB = 1 << 50
 
@@ -31,8 +39,13 @@ def segment() -> Iterator[Segment]:
 
 
 def open_fds() -> set[str]:
+    """The descriptors of this process, each with what it is open on."""
     gc.collect()
-    return set(os.listdir("/proc/self/fd"))
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            found.add(f"{name} {os.readlink(f'/proc/self/fd/{name}')}")
+    return found
 
 
 # --- what it promises ---------------------------------------------------------------------------
@@ -284,3 +297,16 @@ def test_private_memory_is_zeroed_and_as_long_as_asked():
         assert floats.shape == (count,)
         assert not floats.any()
         floats[:] = 1
+
+
+@pytest.mark.parametrize(("cache", "left"), [(0, 1 << 20), (7 << 20, 8 << 20)])
+def test_file_cache_in_a_cgroup_is_not_taken_for_use(tmp_path, cache, left):
+    group = tmp_path / "sys/fs/cgroup/job"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text(f"{64 << 20}\n")
+    (group / "memory.current").write_text(f"{63 << 20}\n")
+    (group / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\nslab_reclaimable 0\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
+    (tmp_path / "proc/meminfo").write_text("MemAvailable:       999999 kB\n")
+    assert available_bytes(tmp_path) == left

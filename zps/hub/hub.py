@@ -33,7 +33,6 @@ N = TypeVar("N", bound=np.integer[Any])
 
 _BEAT_S = 0.5
 _POLL_BACKLOG_MS = 10
-_PARTING_S = 0.1
 _TURN_MESSAGES = 256  # a peer that never stops sending does not keep the others from their updates
 _MAX_TEXT = 700  # a header holds 4 KiB, and a character up to 4 bytes
 
@@ -85,9 +84,7 @@ class Hub:
 
     def stop(self, why: str) -> None:
         """End the loop; workers are told why. The first reason counts."""
-        if not self._stopping:
-            log.info("ending: %s", why)
-            self._stopping = why
+        self._stopping = self._stopping or why  # no more: it may be called by a signal
 
     def watch(self, fd: int, on_readable: Callable[[], None]) -> None:
         """Call back from the loop when `fd` becomes readable: a pidfd, a signal pipe."""
@@ -132,13 +129,11 @@ class Hub:
                 self.stop(f"no replacement for rank {rank} came in {self.settings.timeout_s:g} s")
 
     def _close(self) -> None:
+        log.info("ending: %s", self._stopping)
         if self._job is not None:
             self._job.control.say_last(self._stopping)
         for peer in self._roster:
             self._deliver(peer, [m.encode(m.Closing(text=self._stopping))])
-        if len(self._roster):
-            # A DEALER with IMMEDIATE forgets what it has not read once its connection ends.
-            time.sleep(_PARTING_S)
         for peer in self._roster:
             peer.close()
         if self._job is not None:
@@ -324,7 +319,8 @@ class Hub:
             raise ProtocolError("a push whose frames do not match its header")
         if push.absent and len(payload[-1]) > 4 * len(job.layout.params):
             raise ProtocolError("a push with more absent parameters than there are")
-        if not (0 <= push.samples < float("inf") and 0 < push.grad_scale < float("inf")):
+        weight = push.samples / push.grad_scale if push.grad_scale > 0 else -1.0
+        if push.samples != 0 and not (_in_range(push.samples) and _in_range(weight)):
             raise ProtocolError(f"samples={push.samples}, grad_scale={push.grad_scale}")
         if len(set(push.buckets)) != len(push.buckets):
             raise ProtocolError("a push names a bucket twice")
@@ -492,6 +488,11 @@ class Hub:
             self._deliver(peer, refusal)
         else:
             self._router.send(route, refusal)
+
+
+def _in_range(weight: float) -> bool:
+    """Whether the kernels, which compute in float32, can weight and divide by it."""
+    return 1e-30 <= weight <= 1e30
 
 
 def _only(payload: Sequence[bytes]) -> bytes:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from zps import native
 from zps.config import Settings
 from zps.core.layout import Layout
 from zps.core.rounds import Mode
 from zps.core.staleness import StalenessPolicy
-from zps.errors import ProtocolError
+from zps.errors import ConfigError, ProtocolError
 from zps.hub.engine import Engine, Policy
 from zps.hub.store import ForeignFactory, Hypers, Store, make_hypers
 from zps.memory.control import Control
@@ -147,12 +148,17 @@ class Job:
             )
         if other.group_of != self.declared.group_of:
             raise Refused("groups", f"{who} has its parameters in other groups than rank 0")
+        mine, theirs = self.declared.hypers.max_grad_norm, other.hypers.max_grad_norm
+        if mine != theirs:
+            raise Refused("settings", f"max_grad_norm is {theirs} on {who} but {mine} on rank 0")
 
     def new_hypers(self, data: bytes) -> Hypers:
         """Changed hyperparameters, with the state they need. Raises ProtocolError, ConfigError."""
         groups, norm = unpack_hypers(data)
         if len(groups) != len(self.declared.hypers.groups):
             raise ProtocolError("the number of parameter groups has changed")
+        if self.store.rule is None:
+            _check_kinds(self.declared.hypers.groups, groups)
         hypers = make_hypers(self.store.rule, groups, norm)
         self.store.ensure_state(hypers)
         return hypers
@@ -160,6 +166,17 @@ class Job:
     def close(self) -> None:
         self.store.close()
         self.control.segment.close()
+
+
+def _check_kinds(
+    declared: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise ConfigError where a foreign rule, which may check nothing, would be told nonsense."""
+    for index, (old, new) in enumerate(zip(declared, groups, strict=True)):
+        for name, value in new.items():
+            was = old.get(name)
+            if isinstance(was, int | float) and not isinstance(value, int | float):
+                raise ConfigError(f"group {index}, {name}: {value!r} is no number, as {was!r} was")
 
 
 def _native(rule: Rule | ForeignFactory) -> Rule | None:

@@ -129,10 +129,17 @@ class HubProcess:
                 stderr=stderr,
                 start_new_session=True,  # signals of the terminal are for its parent
             )
+        except BaseException:
+            os.close(read_fd)
+            raise
         finally:
             os.close(write_fd)
         process = cls(popen, read_fd)
-        ready = process._wait_for("ready", _START_S)
+        try:
+            ready = process._wait_for("ready", _START_S)
+        except BaseException:
+            process.stop()
+            raise
         if ready is None:
             failed = next((e for e in process._events if e["event"] == "failed"), None)
             process.stop()

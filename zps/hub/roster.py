@@ -129,7 +129,9 @@ class Roster:
 
     def needed(self) -> tuple[int, ...]:
         """The ranks that a collective waits for: all of them until the job has formed."""
-        return self.members.live if self.formed else tuple(range(self.world_size))
+        if not self.formed:
+            return tuple(range(self.world_size))
+        return tuple(sorted(peer.rank for peer in self if peer.declared))
 
     def _free_rank(self) -> int:
         return next((r for r in range(self.world_size) if r not in self._by_rank), self.world_size)

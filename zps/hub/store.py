@@ -104,6 +104,10 @@ class Store:
         self.rule = rule if isinstance(rule, Rule) else None
         self._divides = self.rule is None or self.rule.name not in ("sum", "add")
         names = self._states_used(hypers)
+        # Half-precision buckets have fp32 masters; a float32 bucket is its own.
+        half = [bucket for bucket in layout.buckets if bucket.dtype != "float32"]
+        self._masters_begin = half[0].begin if half else 0
+        self._masters_end = half[-1].begin + half[-1].count if half else 0
         self._ensure_room(len(names) + (0 if self.rule else 1))
         self.weights = Segment.create("weights", layout.total_bytes)
         self._masters = self._make_masters()
@@ -272,8 +276,8 @@ class Store:
     # --- parts --------------------------------------------------------------------------------
 
     def _ensure_room(self, states: int) -> None:
-        wide = any(bucket.dtype != "float32" for bucket in self.layout.buckets)
-        floats = 4 * self.layout.flat_elements * (states + wide)
+        masters = self._masters_end - self._masters_begin
+        floats = 4 * (self.layout.flat_elements * states + masters)
         ensure_available(floats + self.layout.total_bytes, "this shard (weights and state)")
 
     def _states_used(self, hypers: Hypers) -> list[str]:
@@ -283,10 +287,9 @@ class Store:
         return [name for name in self.rule.states if name in used]
 
     def _make_masters(self) -> Floats | None:
-        """fp32 masters, flat; a float32 bucket is its own master and leaves its part untouched."""
-        if all(bucket.dtype == "float32" for bucket in self.layout.buckets):
-            return None
-        return private_floats(self.layout.flat_elements, "fp32 master weights")
+        """fp32 masters, flat, from the first bucket that needs one to the last."""
+        count = self._masters_end - self._masters_begin
+        return private_floats(count, "fp32 master weights") if count else None
 
     def _published(self, bucket: int) -> NDArray[np.uint8]:
         spec = self.layout.buckets[bucket]
@@ -297,7 +300,8 @@ class Store:
         if spec.dtype == "float32":
             return self._published(bucket).view(np.float32)
         assert self._masters is not None
-        return self._masters[spec.begin : spec.begin + spec.count]
+        begin = spec.begin - self._masters_begin
+        return self._masters[begin : begin + spec.count]
 
     def _whole(self, param: int) -> Floats:
         """The fp32 weights of one parameter: its pieces follow one another without a gap."""
@@ -308,11 +312,11 @@ class Store:
                 self.weights.bytes[byte : byte + spec.nbytes].view(np.float32).reshape(spec.shape)
             )
         assert self._masters is not None
-        return self._of_param(self._masters, param)
+        return self._of_param(self._masters, param, self._masters_begin)
 
-    def _of_param(self, flat: Floats, param: int) -> Floats:
+    def _of_param(self, flat: Floats, param: int, origin: int = 0) -> Floats:
         spec = self.layout.params[param]
-        begin = self.layout.param_begin(param)
+        begin = self.layout.param_begin(param) - origin
         return flat[begin : begin + spec.numel].reshape(spec.shape)
 
     def _prepare(self, index: int) -> _Bucket:

@@ -15,8 +15,6 @@ from zps.training import current
 from zps.wire.address import ensure_private, ipc_address
 from zps.worker.worker import Worker
 
-_LINGER_S = 600.0
-
 _hub: HubProcess | None = None
 
 
@@ -37,6 +35,9 @@ def init(
     RankOutOfRange.
     """
     global _hub
+    if current.is_initialized() and current.current().inherited:
+        current.set_current(None)  # a fork's parent has it, and its hub
+        _hub = None
     if current.is_initialized():
         raise ConfigError("zps.init() was called twice; call zps.shutdown() in between")
     found = Settings.load(hub=hub, rank=rank, world_size=world_size, **settings)
@@ -82,7 +83,8 @@ def _own_hub(settings: Settings) -> tuple[Settings, HubProcess | None]:
 
 def _at_exit() -> None:
     # A worker that ends by an exception has died, and its job decides by policy what that means.
-    _leave(goodbye=not hasattr(sys, "last_type"))
+    # In an interactive session there were others before, and the end is nobody's failure.
+    _leave(goodbye=not hasattr(sys, "last_type") or hasattr(sys, "ps1"))
 
 
 def _leave(*, goodbye: bool) -> None:
@@ -97,5 +99,6 @@ def _stop_hub() -> None:
     global _hub
     hub, _hub = _hub, None
     if hub is not None and hub.owned_here:
-        hub.wait_finished(_LINGER_S)  # under torchrun the others may still be at work
+        while hub.poll() is None and not hub.wait_finished(1.0):
+            pass  # under torchrun the others may still be at work
         hub.stop()

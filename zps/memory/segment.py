@@ -37,7 +37,6 @@ class Segment:
 
     def __init__(self, fd: int, mapping: mmap.mmap, nbytes: int, *, owner: bool, writable: bool):
         self._fd = fd
-        self.mapping = mapping
         self.nbytes = nbytes
         self._owner = owner
         self.bytes = np.frombuffer(mapping, np.uint8)[:nbytes]
@@ -110,13 +109,12 @@ class Segment:
         return SegmentRef(os.getpid(), self._fd, self.nbytes)
 
     def close(self) -> None:
-        """Drop this process's hold; the memory goes when the last mapping does."""
+        """Drop this object's hold. The mapping goes with the last array or tensor that looks in:
+        another thread may be reading through one just now."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
         self.bytes = np.empty(0, np.uint8)
-        with contextlib.suppress(BufferError):  # who still looks in keeps the mapping
-            self.mapping.close()
 
 
 def ensure_available(nbytes: int, what: str) -> None:
@@ -129,19 +127,37 @@ def ensure_available(nbytes: int, what: str) -> None:
         )
 
 
-def available_bytes() -> int | None:
-    """What can still be allocated, by /proc/meminfo and by this cgroup's limit; None if unknown."""
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """What can still be allocated: by /proc/meminfo, and by the cgroups that hold this process.
+
+    A cgroup's file cache is counted as used, but goes when memory is needed. None if unknown.
+    """
     limits: list[int] = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+    with contextlib.suppress(OSError, ValueError):
+        lines = (root / "proc/meminfo").read_text().splitlines()
         limits += [int(ln.split()[1]) * 1024 for ln in lines if ln.startswith("MemAvailable:")]
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            limits.append(max(0, int(limit) - used))
-    except (OSError, ValueError):
-        pass  # no such files here: the allocation itself will tell
+    with contextlib.suppress(OSError, ValueError):
+        own = (root / "proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
+        top = root / "sys/fs/cgroup"
+        for group in (top / own, *(top / own).parents):
+            limits += _cgroup_room(group)
+            if group == top:
+                break
     return min(limits) if limits else None
+
+
+def _cgroup_room(group: Path) -> list[int]:
+    """The bytes left under the limit of one cgroup (version 2); nothing when it has none."""
+    with contextlib.suppress(OSError, ValueError):
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            used = int((group / "memory.current").read_text())
+            for line in (group / "memory.stat").read_text().splitlines():
+                name, _, value = line.partition(" ")
+                if name in ("inactive_file", "active_file", "slab_reclaimable"):
+                    used -= int(value)
+            return [max(0, int(limit) - used)]
+    return []
 
 
 def private_floats(count: int, what: str) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

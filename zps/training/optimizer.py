@@ -90,7 +90,7 @@ class Optimizer(torch.optim.Optimizer):
         )
         self._stream.hook_all()
         release = weakref.WeakMethod(self._release)
-        self._worker.at_close(lambda: (own := release()) and own())
+        self._worker.at_close(lambda goodbye: (own := release()) and own(goodbye))
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -103,6 +103,7 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._worker.check_usable()
         self._check_weights()
         self._stream.hook_all()
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)  # set by a GradScaler
@@ -115,6 +116,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._step_here()
         else:
             self._worker.refresh()
+            self._wrapped._opt_called = True  # type: ignore[attr-defined]  # for its schedulers
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -226,9 +228,13 @@ class Optimizer(torch.optim.Optimizer):
         self._remember_weights()
 
     @torch.no_grad()
-    def _release(self) -> None:
-        """The worker leaves: the model keeps its weights, in memory that nobody else writes."""
-        if self._apply == "hub" and self._worker.aliased:
+    def _release(self, goodbye: bool) -> None:
+        """The worker leaves: the model keeps its weights, in memory that nobody else writes.
+
+        One that failed leaves no model behind that anybody could read in peace.
+        """
+        self._stream.detach()
+        if goodbye and self._apply == "hub" and self._worker.aliased:
             for _, param in self._params:
                 param.data = param.data.clone()
             self._versions = self._seen_weights()

@@ -42,7 +42,7 @@ class TorchRule:
         defaults = {k: v for k, v in _as_given(groups[0]).items() if k in wanted}
         try:
             self._optimizer = cls(members, **defaults)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever a class of the user's raises, the hub goes on
             raise ConfigError(f"{cls.__name__} does not take these options: {error}") from error
 
     def step(self, present: Sequence[int], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -75,10 +75,12 @@ def factory(path: str) -> ForeignFactory:
     module, _, name = path.rpartition(".")
     try:
         cls = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"the hub cannot import the optimizer {path!r}: {error}") from error
+    except Exception as error:  # whatever a module of the user's raises, the hub goes on
+        raise ConfigError(f"the hub cannot import the optimizer {path!r}: {error!r}") from error
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ConfigError(f"{path!r} is not a torch.optim.Optimizer")
+    if issubclass(cls, torch.optim.LBFGS | torch.optim.SparseAdam):
+        raise ConfigError(f"a hub cannot run {path!r}: use it with apply='worker'")
 
     def make(
         masters: list[Floats],

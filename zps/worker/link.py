@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +11,11 @@ from numpy.typing import NDArray
 
 from zps.errors import GradientError
 from zps.memory.control import Outcome
+
+
+def in_range(weight: float) -> bool:
+    """Whether the kernels, which compute in float32, can weight and divide by it."""
+    return 1e-30 <= weight <= 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +31,12 @@ class PushInfo:
 
     def __post_init__(self) -> None:
         # Here, because the hub's refusal of a push would come when its round can no longer end.
-        if not (0 <= self.samples < math.inf and 0 < self.grad_scale < math.inf):
+        if not (self.samples == 0 or in_range(self.samples)) or not (
+            in_range(self.grad_scale) and in_range(self.samples / self.grad_scale or 1.0)
+        ):
             raise GradientError(
                 f"samples={self.samples}, grad_scale={self.grad_scale}: a gradient's weight must "
-                "be 0 or more, and its scale positive"
+                "be 0 or from 1e-30 to 1e30, and so must its scale and their ratio"
             )
 
 

@@ -191,6 +191,11 @@ class Session:
 
     # --- state --------------------------------------------------------------------------------
 
+    @property
+    def inherited(self) -> bool:
+        """Whether this process got it by a fork, and may not use it."""
+        return os.getpid() != self._pid
+
     def check_usable(self) -> None:
         """Raise ForkedProcess or Closed when this object may not be used here or any more."""
         if os.getpid() != self._pid:
@@ -204,8 +209,9 @@ class Session:
     def check_alive(self, patience_s: float = 0.0) -> None:
         """Raise HubLost when the hub's process has ended, or does so within `patience_s`."""
         if self._pidfd >= 0 and readable(self._pidfd, patience_s):
-            while (frames := self._dealer.receive(0.05)) is not None:
-                self._judge(frames)
+            with self._lock:
+                while (frames := self._dealer.receive(0.05)) is not None:
+                    self._judge(frames)
             home = home_of(self.address)
             if home is not None:
                 sweep_home(home)  # a killed hub cannot do it itself

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from zps import native
 from zps.core.layout import Layout
-from zps.errors import ProtocolError, WaitTimeout
+from zps.errors import Closed, ProtocolError, WaitTimeout
 from zps.memory.control import Control, Outcome, done_target, outcome_of
 from zps.memory.segment import Segment, SegmentRef
 from zps.wire import messages as m
@@ -122,12 +122,16 @@ class ShmLink:
         return outcome_of(int(self._control.done[self._session.rank, bucket]))
 
     def pull(self, bucket: int, out: NDArray[np.uint8]) -> int:
-        spec = self._layout.buckets[bucket]
+        spec, control = self._layout.buckets[bucket], self._control
+        # Held here, so that a thread that closes this link cannot take the memory from under us.
+        source = self.weights.bytes[spec.byte : spec.byte + spec.nbytes]
+        if len(source) < spec.nbytes:
+            raise Closed(f"rank {self._session.rank} is closed")
         deadline = time.monotonic() + _PULL_S
         while True:
             version = native.pull(
-                self._control.seq_address(bucket),
-                self.weights.address + spec.byte,
+                control.seq_address(bucket),
+                source.ctypes.data,
                 out.ctypes.data,
                 min(spec.nbytes, len(out)),
                 _PULL_TRIES,

@@ -80,7 +80,7 @@ class Worker:
         self._layout: Layout | None = None
         self._slots: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
-        self._at_close: list[Callable[[], None]] = []
+        self._at_close: list[Callable[[bool], None]] = []
 
     def _agreed(self) -> dict[str, Any]:
         """The hub's values of the shared settings."""
@@ -284,6 +284,15 @@ class Worker:
         """Whether every round ends for all workers at once, with the gradients of all of them."""
         return self.settings.mode == "bsp" and self.settings.quorum == 1
 
+    def check_usable(self) -> None:
+        """Raise Closed, ForkedProcess or NotDeclared when nothing can be exchanged."""
+        self._declared()
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this process got it by a fork, and may not use it."""
+        return self._session.inherited
+
     @property
     def closed(self) -> bool:
         """Whether `close` has been called here."""
@@ -336,19 +345,25 @@ class Worker:
                  `on_death` says what that means for them
         """
         calls, self._at_close = self._at_close, []
-        for call in calls if goodbye else ():
-            call()
+        for call in calls:
+            call(goodbye)
         # The hub may have gone first, which is no concern of a worker that leaves.
         with contextlib.suppress(ZpsError), self._session.sequenced() as seq:
             bye = m.Bye(**self._header(seq), failed=not goodbye)
             self._session.request(bye, timeout_s=2.0)
         self._session.close()
+        self._session.last_words = str
+        self._slots, self._weights = [], []
+        self._replica = np.empty(0, np.uint8)
         if self._link is not None:
             self._link.close()
             self._link = None
 
-    def at_close(self, call: Callable[[], None]) -> None:
-        """Have `call` made when this worker leaves in peace, while nobody writes what it reads."""
+    def at_close(self, call: Callable[[bool], None]) -> None:
+        """Have `call(goodbye)` made first when this worker closes.
+
+        After a goodbye nobody writes what it can still read.
+        """
         self._at_close.append(call)
 
     def __enter__(self) -> Worker:
