@@ -231,15 +231,7 @@ class Hub:
             self._awaiting_rank0.append((peer, message, payload))  # rank 0's model is the model
             return
         if self._job is None:
-            self._job = Job.open(
-                declared,
-                self.settings,
-                epoch=self._roster.epoch,
-                world_size=self._roster.world_size,
-                pool=self._pool,
-                resolve=self._resolve_rule,
-            )
-            self._job.control.beat(time.monotonic_ns())
+            self._job = self._open_job(declared)
         self._job.check_same(declared, f"rank {peer.rank}")
         if not peer.declared:  # else it asks again, because the answer came too late for it
             self._attach(self._job, peer, declared)
@@ -250,6 +242,27 @@ class Hub:
         for other, declare, frames in waiting:
             self._asked = declare.seq
             self._guarded(other.route, partial(self._on_declare, other, declare, frames))
+
+    def _open_job(self, declared: Declaration) -> Job:
+        try:
+            job = Job.open(
+                declared,
+                self.settings,
+                epoch=self._roster.epoch,
+                world_size=self._roster.world_size,
+                pool=self._pool,
+                resolve=self._resolve_rule,
+            )
+        except ZpsError as error:
+            # Whoever waits for rank 0's model waits in vain.
+            for other, declare, _ in self._awaiting_rank0:
+                text = f"what rank 0 declared cannot be served: {error}"
+                refusal = m.Refuse(seq=declare.seq, code="rank_0", text=text[:_MAX_TEXT])
+                self._deliver(other, [m.encode(refusal)])
+            self._awaiting_rank0.clear()
+            raise
+        job.control.beat(time.monotonic_ns())
+        return job
 
     def _attach(self, job: Job, peer: Peer, declared: Declaration) -> None:
         nbytes = job.layout.arena_bytes * (2 if self._keeps_base else 1)
