@@ -28,7 +28,7 @@ from bench.peers.team import Block, Samples, Team
 PROCESS_BYTES = 250 << 20  # an interpreter with torch
 WORKER_THREADS = 1
 _GLANCE_S = 0.2
-_PATIENCE_S = 60.0
+_PATIENCE_S = 300.0
 _UNITS = {"": 1, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000}
 
 
@@ -40,7 +40,7 @@ class Plan:
     block_s: float
     most_rounds: int = 200
     calm: float = 1.0  # a block waits, and is repeated, while others use more of the cores
-    patience_s: float = 0.0  # for at most so long
+    patience_s: float = 0.0  # until so long after the first block; then it takes what it gets
 
     @property
     def blocks(self) -> int:
@@ -212,11 +212,12 @@ def measure(teams: Mapping[str, Team], plan: Plan, tick: Callable[[str], None]) 
         for name, team in teams.items()
     }
     shares: list[float] = []
+    until = time.monotonic() + plan.patience_s
     for _ in range(plan.cycles):
         blocks: dict[str, list[Samples]] = {name: [] for name in teams}
         for name in mirrored(list(teams)):
             tick(name)
-            block, share = timed_block(teams[name], rounds[name], plan)
+            block, share = timed_block(teams[name], rounds[name], plan.calm, until)
             blocks[name].append(block.samples)
             found[name].late += block.late
             shares.append(share)
@@ -229,18 +230,21 @@ def measure(teams: Mapping[str, Team], plan: Plan, tick: Callable[[str], None]) 
     return Run(found, start_us, sum(shares) / len(shares))
 
 
-def timed_block(team: Team, rounds: int, plan: Plan) -> tuple[Block, float]:
-    """One block and the share of the cores that others used meanwhile; repeated until calm."""
-    deadline = time.monotonic() + plan.patience_s
+def timed_block(team: Team, rounds: int, calm: float, until: float) -> tuple[Block, float]:
+    """One block, and the share of the cores that others used meanwhile.
+
+    Until the time `until` (monotonic seconds) it waits while others use more than the share `calm`,
+    and is repeated if they did so during the block.
+    """
     while True:
-        while time.monotonic() < deadline and _others_over(_GLANCE_S) > plan.calm:
+        while time.monotonic() < until and _others_over(_GLANCE_S) > calm:
             continue
         others = Others(team)
         with team.awake():
             team.run(1)  # caches and cores change hands between blocks
             block = team.run(rounds)
         share = others.share()
-        if share <= plan.calm or time.monotonic() >= deadline:
+        if share <= calm or time.monotonic() >= until:
             return block, share
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
@@ -107,8 +108,8 @@ def test_a_block_is_repeated_until_others_are_calm_or_patience_ends(
     monkeypatch.setattr(harness.Others, "share", lambda self: next(shares))
     monkeypatch.setattr(harness, "_others_over", lambda seconds: 0.0)
     team = FakeTeam()
-    plan = Plan(cycles=1, block_s=1.0, calm=0.1, patience_s=patience_s)
-    block, share = harness.timed_block(team, 4, plan)  # type: ignore[arg-type]
+    until = time.monotonic() + patience_s
+    block, share = harness.timed_block(team, 4, 0.1, until)  # type: ignore[arg-type]
     assert (team.blocks, len(block.samples)) == (blocks, 4)
     assert share == (0.01 if patience_s else 0.5)
 
