@@ -164,13 +164,13 @@ def test_abort_ends_everybody_and_says_who_died(hubs):
 
 def test_abort_counts_before_all_have_joined(hubs):
     hub = hubs.start(on_death="abort")
-    first, second = Driver(hub.address, 0, 3), Driver(hub.address, 1, 3)
-    try:
-        first.begin("declare")
-        second.kill()
-        assert "rank 1 died, and on_death is abort" in first.failure().text
-    finally:
-        first.end()
+    drivers = [Driver(hub.address, rank, 3) for rank in range(3)]
+    for driver in drivers[1:]:
+        driver.begin("declare")  # they wait for rank 0, and share no memory with the hub yet
+    drivers[0].kill()
+    for driver in drivers[1:]:
+        assert "rank 0 died, and on_death is abort" in driver.failure().text
+        driver.end()
 
 
 # --- wait ---------------------------------------------------------------------------------------
@@ -339,5 +339,7 @@ def test_deaths_at_any_moment_leave_the_others_in_agreement(hubs, mode):
             driver.ask("push")
         for driver in (first, second):
             driver.ask("wait")
-        assert {name: value + 2 for name, value in weights.items()} == first.ask("weights")
+        grown = {name: value - weights[name] for name, value in first.ask("weights").items()}
+        # The last of the dead may have pushed for this round, and then that counts.
+        assert grown in ({"a": 2, "b": 2}, {"a": 3, "b": 3})
         assert first.ask("stats")["versions"] == before + (3 if mode == "bsp" else 6)

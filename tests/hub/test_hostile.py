@@ -441,6 +441,11 @@ DECLARATIONS: dict[str, tuple[Callable[[Raw], tuple[Any, ...]], str, str]] = {
         "ConfigError",
         "cannot import",
     ),
+    "a class that steps whole tensors, and a layout that cuts them": (
+        lambda r: r.declaration(SHAPES, "torch.optim.NAdam"),
+        "ProtocolError",
+        "steps whole tensors",
+    ),
     "a class that is no optimizer": (
         lambda r: r.declaration(SHAPES, "torch.optim.lr_scheduler.StepLR"),
         "ConfigError",

@@ -69,7 +69,11 @@ class Engine:
     def leave(self, rank: int) -> None:
         """Wait for `rank` no more. What it pushed counts; what it held back is dropped."""
         self._carry_out(self.rounds.leave(rank))
-        if self._policy.mode is not Mode.BSP:
+        if self._policy.mode is Mode.BSP:
+            over = [key for key in self._held if key[0] < self.rounds.min_round()]
+            for key in sorted(over):  # the rest of these rounds will not come
+                self._judge_held(key)
+        else:
             for key in [key for key in self._held if key[1:] == (rank,)]:
                 for update in filter(None, self._held.pop(key)):
                     self.store.touch(update.bucket)  # its version was counted when it was decided
@@ -184,9 +188,12 @@ class Engine:
         held = self._held[key]
         held.append(update)
         if len(held) == len(self.store.layout.buckets):
-            updates = [u for u in self._held.pop(key) if u is not None]
-            if updates:
-                self._judge(sorted(updates, key=lambda u: u.bucket))
+            self._judge_held(key)
+
+    def _judge_held(self, key: tuple[int, ...]) -> None:
+        updates = [update for update in self._held.pop(key) if update is not None]
+        if updates:
+            self._judge(sorted(updates, key=lambda update: update.bucket))
 
     def _judge(self, updates: list[Update]) -> None:
         """Skip a round with a non-finite gradient for everyone; else clip it by its global norm."""

@@ -33,6 +33,7 @@ N = TypeVar("N", bound=np.integer[Any])
 
 _BEAT_S = 0.5
 _POLL_BACKLOG_MS = 10
+_PARTING_S = 0.1
 _TURN_MESSAGES = 256  # a peer that never stops sending does not keep the others from their updates
 _MAX_TEXT = 700  # a header holds 4 KiB, and a character up to 4 bytes
 
@@ -134,6 +135,10 @@ class Hub:
             self._job.control.say_last(self._stopping)
         for peer in self._roster:
             self._deliver(peer, [m.encode(m.Closing(text=self._stopping))])
+        if any(not peer.declared for peer in self._roster):
+            # They cannot read last words, and a DEALER with IMMEDIATE forgets what it has not read
+            # once its connection ends.
+            time.sleep(_PARTING_S)
         for peer in self._roster:
             peer.close()
         if self._job is not None:

@@ -78,7 +78,10 @@ class Declaration:
         layout = Layout.from_wire(layout_data)
         groups, norm = unpack_hypers(hypers_data)
         group_of = take_members(groups, len(layout.params))
-        return cls(layout, rule, make_hypers(_native(resolve(rule)), groups, norm), group_of)
+        own = _native(resolve(rule))
+        if own is None and len(layout.pieces) > len(layout.params):
+            raise ProtocolError(f"{rule} steps whole tensors, and this layout cuts them")
+        return cls(layout, rule, make_hypers(own, groups, norm), group_of)
 
 
 @dataclass(slots=True)
