@@ -25,7 +25,7 @@ _OUTCOMES = {"late": Outcome.LATE, "stale": Outcome.STALE, "duplicate": Outcome.
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How rounds close and what staleness does: the settings of design section 6."""
+    """How rounds close and what staleness does: see docs/semantics.md."""
 
     mode: Mode
     staleness: int = 1
