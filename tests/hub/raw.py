@@ -22,6 +22,7 @@ from zps.wire.hypers import pack_hypers
 from zps.wire.sockets import host_id
 
 PATIENCE_S = 20.0
+JOB = "hostile"  # of a hub that is shared by these tests alone
 Fields = dict[str, Any]
 M = TypeVar("M", bound=m.Message)
 
@@ -80,7 +81,7 @@ class Raw:
         fields = {
             "t": "hello",
             "protocol": m.PROTOCOL,
-            "job": "default",
+            "job": JOB,
             "rank": 0,
             "world_size": 1,
             "incarnation": secrets.token_hex(8),
