@@ -152,12 +152,15 @@ class Hub:
         """Whatever is wrong with a request is its sender's to hear; the hub goes on."""
         try:
             handle()
+            return
         except Refused as refusal:
-            self._refuse(route, refusal.code, str(refusal))
+            code, text = refusal.code, str(refusal)
         except ZpsError as error:
             log.warning("refused a message: %s", error)
             code = "out_of_memory" if isinstance(error, OutOfMemory) else type(error).__name__
-            self._refuse(route, code, str(error))
+            text = str(error)
+        # Only here, when the error has let go of what the request had begun to allocate.
+        self._refuse(route, code, text)
 
     def _on_message(self, route: bytes, frames: list[bytes]) -> None:
         if not frames:
