@@ -43,7 +43,12 @@ class Raw:
 
     def __exit__(self, *_: object) -> None:
         if self.session:  # this process lives on, so the hub would not take it for dead
-            self.send(self.header("bye", failed=False))
+            bye = self.header("bye", failed=False)
+            self.send(bye)
+            # The next test finds the hub empty: it does not start before the hub has taken leave.
+            while self.socket.poll(1000):
+                if getattr(m.decode(self.socket.recv_multipart()[0]), "seq", None) == bye["seq"]:
+                    break
         self._context.destroy(linger=1000)
 
     # --- bytes --------------------------------------------------------------------------------
