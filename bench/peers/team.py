@@ -11,7 +11,7 @@ import struct
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -129,8 +129,9 @@ def _member_main(
             gc.collect()
         peer.close()
         control.send(("ok", None))
-    except BaseException:  # whatever it is, the parent must hear of it
-        control.send(("failed", traceback.format_exc()))
+    except BaseException:  # whatever it is, the parent must hear of it, if there still is one
+        with suppress(BrokenPipeError):
+            control.send(("failed", traceback.format_exc()))
 
 
 @dataclass(frozen=True, slots=True)
