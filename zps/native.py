@@ -151,15 +151,17 @@ class Job:
     base_ptr: int = 0
 
     elements: int = field(init=False)
+    _facts: RuleFacts = field(init=False, repr=False)
+    _itemsize: int = field(init=False, repr=False)
     _groups: int = field(init=False, repr=False)
     _params: int = field(init=False, repr=False)
     _native: _core.Job = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        facts = _facts(self.rule)
+        self._facts = facts = _facts(self.rule)
         if self.grad_dtype not in DTYPE.values():
             raise ValueError(f"grad_dtype {self.grad_dtype} is none of {DTYPE}")
-        itemsize = _ITEMSIZE[self.grad_dtype]
+        self._itemsize = itemsize = _ITEMSIZE[self.grad_dtype]
         _check_array(self.segments, SEGMENT, (None,), "segments")
         self.segments = self.segments.copy()  # checked once; nobody changes it afterwards
         begin, count = self.segments["begin"], self.segments["count"]
@@ -189,8 +191,7 @@ class Job:
 
     def _load(self) -> _core.Job:
         """Check the round's fields and hand them to the core."""
-        facts = _BY_KERNEL[self.rule]
-        itemsize = _ITEMSIZE[self.grad_dtype]
+        facts, itemsize = self._facts, self._itemsize
         if not self.slots:
             raise ValueError("a job needs at least one slot")
         if self.scales and len(self.scales) != len(self.slots):

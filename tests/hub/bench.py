@@ -14,7 +14,7 @@ from zps.core.staleness import StalenessPolicy
 from zps.hub.engine import Engine, Policy
 from zps.hub.store import ForeignFactory, Pushed, Store, make_hypers
 from zps.memory.cast import from_float32, to_float32
-from zps.memory.control import Control, Outcome, outcome_of
+from zps.memory.control import Control, Outcome, outcomes_of
 from zps.optim.registry import rule as rule_of
 
 #: Elements of each tensor; with 4096 bytes a bucket, `c` has two.
@@ -113,13 +113,14 @@ class Bench:
             round=round,
             seq=self._seq,
             slots=self.slots[rank],
+            slots_address=self.slots[rank].ctypes.data,
             base_offset=self._base_offset,
             **fields,
         )
         chosen = self.buckets if buckets is None else buckets
-        for bucket in chosen:
-            version = self.engine.rounds.versions[bucket] if base is None else base
-            self.engine.push(pushed, bucket, version)
+        versions = self.engine.rounds.versions
+        bases = [versions[bucket] if base is None else base for bucket in chosen]
+        self.engine.push(pushed, chosen, bases)
         if flush:
             self.engine.flush()
         return pushed
@@ -166,7 +167,9 @@ class Bench:
     def outcomes(self, pushed: Pushed) -> list[Outcome | None]:
         """What became of a push, by bucket; None where it has not been consumed."""
         words = self.control.done[pushed.rank].tolist()
-        return [outcome_of(word) if word >> 3 == pushed.seq else None for word in words]
+        outcomes = outcomes_of(np.array(words, np.uint64))
+        pairs = zip(words, outcomes, strict=True)
+        return [outcome if word >> 3 == pushed.seq else None for word, outcome in pairs]
 
     def signal(self) -> int:
         return native.load_u32(self.control.signal_address)

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -42,8 +41,7 @@ class Mode(str, Enum):
     ASYNC = "async"
 
 
-@dataclass(frozen=True, slots=True)
-class Apply:
+class Apply(NamedTuple):
     """Add up these gradients and apply the bucket; its version has risen by one."""
 
     bucket: int
@@ -59,8 +57,7 @@ class Apply:
     """
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
+class Drop(NamedTuple):
     """Forget this push.
 
     reason  "late"       for a round that is closed, or that began before its rank joined
@@ -154,6 +151,10 @@ class Rounds:
         Raises ProtocolError, without effect, for what no honest worker sends: see `check`.
         """
         self.check(rank, round, bucket, base)
+        return self.take(rank, round, bucket, base)
+
+    def take(self, rank: int, round: int, bucket: int, base: int) -> list[Action]:
+        """`on_push` for a push that has passed `check` since anything else was called."""
         return self._policy.on_push(_Push(rank, round, bucket, base))
 
     def check(self, rank: int, round: int, bucket: int, base: int) -> None:
@@ -217,6 +218,7 @@ class _Synchronous:
     """bsp.
 
     _first   member -> the first round it takes part in
+    _lowest_first  the lowest of them, 0 without members
     _rounds  open round -> _Round
     _pushed  for each bucket: open round -> rank -> base
     _next    for each bucket: the lowest round that is not closed
@@ -228,22 +230,25 @@ class _Synchronous:
         self._versions = versions
         self._quorum = quorum
         self._first: dict[int, int] = {}
+        self._lowest_first = 0
         self._rounds: dict[int, _Round] = {}
         self._pushed: list[dict[int, dict[int, int]]] = [{} for _ in versions]
         self._next = [0] * len(versions)
         self._over = 0
 
     def min_round(self) -> int:
-        return max(self._over, min(self._first.values(), default=0))
+        return max(self._over, self._lowest_first)
 
     def join(self, rank: int, at_least: int) -> int:
         assert rank not in self._first, f"rank {rank} joined twice"
         self._first[rank] = max(self.highest_opened + 1, at_least)
+        self._lowest_first = min(self._first.values())
         return self._first[rank]
 
     def leave(self, rank: int) -> list[Action]:
         if self._first.pop(rank, None) is None:
             return []
+        self._lowest_first = min(self._first.values(), default=0)
         for round in self._rounds.values():
             round.members.discard(rank)
         return self._settle(range(len(self._next)))
@@ -294,7 +299,7 @@ class _Synchronous:
 
     def _lowest(self, bucket: int) -> int:
         """The lowest round that somebody may still push this bucket in."""
-        return max(self._next[bucket], min(self._first.values(), default=0))
+        return max(self._next[bucket], self._lowest_first)
 
     def _awaited(self, round: int, bucket: int) -> set[int]:
         if round not in self._rounds:
@@ -310,8 +315,7 @@ class _Synchronous:
                 if round < self._next[bucket]:
                     continue
                 # A lower round that has yet to open, by a member that takes part in it, is first.
-                earliest = min(self._first.values(), default=round)
-                if round > max(self._next[bucket], earliest):
+                if round > self._lowest(bucket) and self._first:
                     break
                 if not self._ready(round, bucket):
                     break
@@ -345,7 +349,7 @@ def _mark_last(actions: list[Action], over: set[int]) -> list[Action]:
     last = {a.round: i for i, a in enumerate(actions) if isinstance(a, Apply)}
     marks = {last[round] for round in over if round in last}
     return [
-        replace(a, closes=True) if i in marks and isinstance(a, Apply) else a
+        a._replace(closes=True) if i in marks and isinstance(a, Apply) else a
         for i, a in enumerate(actions)
     ]
 

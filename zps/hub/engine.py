@@ -16,7 +16,6 @@ import numpy as np
 from zps import native
 from zps.core.rounds import Apply, Drop, Mode, Rounds
 from zps.core.staleness import StalenessPolicy, lr_factor
-from zps.errors import ProtocolError
 from zps.hub.store import Pushed, Store, Update
 from zps.memory.control import Control, Outcome, done_word
 
@@ -52,6 +51,7 @@ class Engine:
         self.store = store
         self.counters: Counter[str] = Counter()
         self._control = control
+        self._done_address = control.done_address(0)
         self._policy = policy
         self.rounds = policy.rounds(len(store.layout.buckets))
         self._waiting: dict[tuple[int, int, int], Pushed] = {}  # by (rank, round, bucket)
@@ -93,22 +93,20 @@ class Engine:
         """Whether a push of this bucket still lies in the slot, unconsumed."""
         return (session, bucket) in self._busy
 
-    def push(self, pushed: Pushed, bucket: int, base: int) -> None:
-        """Take one bucket of a push; whatever it completes is applied at the next flush.
+    def push(self, pushed: Pushed, buckets: Sequence[int], bases: Sequence[int]) -> None:
+        """Take a push into slots that are not busy; what it completes is applied at the next flush.
 
-        base  the version of the bucket that the gradient was computed on
-        Raises ProtocolError for a push that runs away from its round.
+        bases  the versions of the buckets that the gradient was computed on
+        Raises ProtocolError, without effect, for a push that no honest worker sends.
         """
-        key = (pushed.rank, pushed.round, bucket)
-        self._waiting[key] = pushed
-        self._busy.add((pushed.session, bucket))
-        try:
-            actions = self.rounds.on_push(*key, base)
-        except ProtocolError:
-            del self._waiting[key]
-            self._busy.discard((pushed.session, bucket))
-            raise
-        self._carry_out(actions)
+        rank, session, round_, rounds = pushed.rank, pushed.session, pushed.round, self.rounds
+        for bucket, base in zip(buckets, bases, strict=True):
+            rounds.check(rank, round_, bucket, base)
+        for bucket, base in zip(buckets, bases, strict=True):
+            self._waiting[rank, round_, bucket] = pushed
+            self._busy.add((session, bucket))
+            if actions := rounds.take(rank, round_, bucket, base):
+                self._carry_out(actions)
 
     def waiting_for(self) -> tuple[int, ...]:
         """The ranks whose gradients the open rounds still need, for messages."""
@@ -129,7 +127,7 @@ class Engine:
             self._posts.clear()
             native.post(
                 self._control.signal_address,
-                self._control.done.ctypes.data,
+                self._done_address,
                 np.array(index, np.uint32),
                 np.array(words, np.uint64),
             )

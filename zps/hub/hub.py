@@ -324,6 +324,7 @@ class Hub:
             round=push.round,
             seq=push.seq,
             slots=peer.slots.bytes,
+            slots_address=peer.slots.address,
             base_offset=job.layout.arena_bytes if self._keeps_base else 0,
             samples=push.samples,
             grad_scale=push.grad_scale,
@@ -332,8 +333,7 @@ class Hub:
             absent=frozenset(absent),
             hypers=peer.hypers,
         )
-        for bucket, base in zip(push.buckets, push.bases, strict=True):
-            job.engine.push(pushed, bucket, base)
+        job.engine.push(pushed, push.buckets, push.bases)
 
     def _check_push(self, job: Job, peer: Peer, push: m.Push, payload: Sequence[bytes]) -> None:
         if len(payload) != push.hypers + push.absent or len(push.buckets) != len(push.bases):
@@ -345,8 +345,7 @@ class Hub:
             raise ProtocolError(f"samples={push.samples}, grad_scale={push.grad_scale}")
         if len(set(push.buckets)) != len(push.buckets):
             raise ProtocolError("a push names a bucket twice")
-        for bucket, base in zip(push.buckets, push.bases, strict=True):
-            job.engine.rounds.check(peer.rank, push.round, bucket, base)
+        for bucket in push.buckets:
             if job.engine.slot_busy(peer.session, bucket):
                 raise Refused("slot_busy", f"bucket {bucket} was pushed again before it was taken")
 

@@ -44,7 +44,7 @@ class Hypers:
     max_grad_norm: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: that makes a new one three times as dear
 class Pushed:
     """What one worker pushed at once: the gradients of some buckets, lying in its slots."""
 
@@ -53,6 +53,7 @@ class Pushed:
     round: int
     seq: int
     slots: NDArray[np.uint8]  # holding them outlives the worker
+    slots_address: int
     base_offset: int  # bytes from a slot to the weights it was computed on; 0: they are not kept
     samples: float
     grad_scale: float
@@ -62,7 +63,7 @@ class Pushed:
     hypers: Hypers
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Update:
     """A bucket and the contributions to be applied to it, in rank order."""
 
@@ -78,8 +79,11 @@ class _Bucket:
     """What never changes between two applications of a bucket."""
 
     job: native.Job
-    steps: NDArray[np.int64]  # a view into the control segment, one a piece
+    offset: int  # bytes from the start of a worker's slots
     params: list[int]
+    steps: NDArray[np.int64]  # a view into the control segment, one a piece
+    next_steps: NDArray[np.int64]  # what the job is given
+    all_present: NDArray[np.int64]  # ones
     state: dict[str, Floats] = field(default_factory=dict)
 
 
@@ -172,22 +176,25 @@ class Store:
         counted = [c for c in update.contributions if c.samples > 0]
         if not counted:
             return None
-        present = np.ones(len(bucket.steps), np.int64)
-        absent = frozenset.intersection(*(c.absent for c in counted))
-        if absent:
-            present[:] = [param not in absent for param in bucket.params]
+        present = bucket.all_present
         first = counted[0]
+        if first.absent:
+            absent = first.absent.intersection(*(c.absent for c in counted))
+            present = np.array([param not in absent for param in bucket.params], np.int64)
         job = bucket.job
-        offset = self.layout.buckets[update.bucket].byte
-        job.slots = [c.slots.ctypes.data + offset for c in counted]
-        job.scales = [c.samples / c.grad_scale for c in counted]
-        job.divisor = sum(c.samples for c in counted)
+        offset = bucket.offset
+        job.slots = [c.slots_address + offset for c in counted]
         if self._divides and all(c.samples == first.samples for c in counted):
             # An even mean needs no multiplication.
             job.scales = [1.0 / c.grad_scale for c in counted]
             job.divisor = float(len(counted))
+        else:
+            job.scales = [c.samples / c.grad_scale for c in counted]
+            job.divisor = sum(c.samples for c in counted)
         job.hypers = first.hypers.packed
-        job.steps = (bucket.steps + 1) * present
+        np.add(bucket.steps, present, out=bucket.next_steps)
+        if present is not bucket.all_present:
+            bucket.next_steps *= present
         job.coef = coef
         job.lr_factor = update.lr_factor
         job.dc_lambda = update.dc_lambda
@@ -333,8 +340,15 @@ class Store:
             master_ptr=self._master(index).ctypes.data,
             seq_ptr=self.control.seq_address(index),
         )
-        steps = self.control.steps[spec.pieces.start : spec.pieces.stop]
-        return _Bucket(job, steps, [piece.param for piece in pieces])
+        job.steps = np.zeros(len(pieces), np.int64)
+        return _Bucket(
+            job=job,
+            offset=spec.byte,
+            params=[piece.param for piece in pieces],
+            steps=self.control.steps[spec.pieces.start : spec.pieces.stop],
+            next_steps=job.steps,
+            all_present=np.ones(len(pieces), np.int64),
+        )
 
     def _add_state(self, name: str) -> None:
         assert self.rule is not None

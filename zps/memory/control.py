@@ -111,6 +111,11 @@ class Control:
             raise ProtocolError("the shared memory does not belong to the hub that offered it")
 
 
+_OUTCOMES = {int(outcome): outcome for outcome in Outcome}
+_OUTCOME_MASK = np.uint64((1 << OUTCOME_BITS) - 1)
+_OUTCOME_SHIFT = np.uint64(OUTCOME_BITS)
+
+
 def done_word(seq: int, outcome: Outcome) -> int:
     """How a consumed push is recorded."""
     return seq << OUTCOME_BITS | outcome
@@ -118,11 +123,12 @@ def done_word(seq: int, outcome: Outcome) -> int:
 
 def done_target(seqs: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The least words that say pushes `seqs` have been consumed, whatever their outcome."""
-    return seqs << np.uint64(OUTCOME_BITS)
+    return seqs << _OUTCOME_SHIFT
 
 
-def outcome_of(word: int) -> Outcome:
-    return Outcome(word & ((1 << OUTCOME_BITS) - 1))
+def outcomes_of(words: NDArray[np.uint64]) -> tuple[Outcome, ...]:
+    """What became of the pushes that these words record."""
+    return tuple(map(_OUTCOMES.__getitem__, (words & _OUTCOME_MASK).tolist()))
 
 
 def _words(world_size: int, buckets: int, pieces: int) -> int:

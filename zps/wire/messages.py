@@ -207,9 +207,8 @@ M = TypeVar("M", bound=Message)
 
 def encode(message: Message) -> bytes:
     """The header frame of a message; raises ProtocolError when it would be over the limit."""
-    fields = message.model_dump()
-    fields["t"] = message.tag
-    data: bytes = msgpack.packb(fields)
+    # The fields as they are: `model_dump` would copy them first. A message inside is a map too.
+    data: bytes = msgpack.packb({**vars(message), "t": message.tag}, default=vars)
     if len(data) > MAX_HEADER_BYTES:
         raise ProtocolError(
             f"a {message.tag} header of {len(data)} bytes is over the limit of {MAX_HEADER_BYTES}"

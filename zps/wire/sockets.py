@@ -138,6 +138,17 @@ class Dealer:
             )
         self.socket.send_multipart(frames, copy=True)
 
+    def try_send(self, frames: Sequence[Frame]) -> bool:
+        """Send now; False when the hub takes nothing at present."""
+        try:
+            if len(frames) == 1:
+                self.socket.send(frames[0], zmq.NOBLOCK)
+            else:
+                self.socket.send_multipart(frames, zmq.NOBLOCK, copy=True)
+        except zmq.Again:
+            return False
+        return True
+
     def receive(self, timeout_s: float) -> list[bytes] | None:
         """One message as [header, payload...], or None after `timeout_s` seconds."""
         if not self.socket.poll(int(timeout_s * 1000), zmq.POLLIN):

@@ -7,6 +7,8 @@ import torch
 from zps import native
 from zps.errors import NonFiniteGradient, TensorMismatch
 
+_DTYPE_ID = {getattr(torch, name): number for name, number in native.DTYPE.items()}
+
 
 def encode(gradient: torch.Tensor, slot: torch.Tensor) -> bool:
     """Copy a gradient into its slot in one pass, from wherever it is; whether it is finite."""
@@ -15,6 +17,12 @@ def encode(gradient: torch.Tensor, slot: torch.Tensor) -> bool:
     source = gradient.detach().cpu().contiguous()
     _, finite = native.encode(source.data_ptr(), slot.data_ptr(), slot.numel(), dtype_id(slot))
     return finite
+
+
+def inspect(slot: torch.Tensor) -> bool:
+    """Whether a gradient that was written in place is finite."""
+    n = slot.numel()
+    return n == 0 or native.inspect(slot.data_ptr(), n, dtype_id(slot))[1]
 
 
 def check_like(name: str, slot: torch.Tensor, tensor: torch.Tensor, rank: int) -> None:
@@ -35,7 +43,7 @@ def nonfinite(name: str, rank: int) -> NonFiniteGradient:
 
 
 def dtype_id(tensor: torch.Tensor) -> int:
-    return native.DTYPE[dtype_name(tensor)]
+    return _DTYPE_ID[tensor.dtype]
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,7 +48,7 @@ class Link(Protocol):
         """The bytes in which the next gradient of `bucket` is to be laid before it is pushed."""
         ...
 
-    def push(self, round_: int, buckets: Sequence[int], info: PushInfo) -> int:
+    def push(self, round_: int, buckets: list[int], info: PushInfo) -> int:
         """Hand the slots of `buckets` over; returns the sequence number to wait for.
 
         The slots belong to the hub until `wait` has returned for them.
@@ -67,8 +66,8 @@ class Link(Protocol):
         """Whether `wait` would return at once."""
         ...
 
-    def outcome(self, bucket: int) -> Outcome:
-        """What became of the last push of `bucket` that was consumed."""
+    def outcomes(self, buckets: NDArray[np.uint32]) -> tuple[Outcome, ...]:
+        """What became of the last push of each of `buckets` that was consumed."""
         ...
 
     def pull(self, bucket: int, out: NDArray[np.uint8]) -> int:

@@ -119,12 +119,12 @@ class Session:
         frames = [m.encode(message), *payload]
         with self._lock:
             waited = 0.0
-            while not self._dealer.socket.poll(100, zmq.POLLOUT):
+            while not self._dealer.try_send(frames):
+                self._dealer.socket.poll(100, zmq.POLLOUT)
                 self.check_alive()
                 waited += 0.1
                 if waited > self.settings.timeout_s:
                     raise HubLost(f"the hub at {self.address} took no message for {waited:.0f} s")
-            self._dealer.socket.send_multipart(frames)
 
     def request(
         self, message: m.Sessioned, *payload: bytes, timeout_s: float | None = None

@@ -4,7 +4,6 @@ but small control messages, and waiting is a futex."""
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +11,13 @@ from numpy.typing import NDArray
 from zps import native
 from zps.core.layout import Layout
 from zps.errors import Closed, ProtocolError, WaitTimeout
-from zps.memory.control import Control, Outcome, done_target, outcome_of
+from zps.memory.control import Control, Outcome, done_target, outcomes_of
 from zps.memory.segment import Segment, SegmentRef
 from zps.wire import messages as m
 from zps.worker.link import PushInfo
 from zps.worker.session import Session
 
+_ONE = np.uint64(1)
 _SLICE_NS = 100_000_000  # how long Ctrl-C and a dead hub may go unnoticed
 _PULL_TRIES = 1000
 _PULL_S = 5.0
@@ -56,6 +56,7 @@ class ShmLink:
         self._aliased = aliased
         self._base = np.zeros(len(layout.buckets), np.uint64)
         self._done = self._control.done_address(session.rank)
+        self._done_words = self._control.done[session.rank]
         self._mail = self._control.mail_address(session.rank)
 
     # --- Link ---------------------------------------------------------------------------------
@@ -64,18 +65,18 @@ class ShmLink:
         spec = self._layout.buckets[bucket]
         return self.slots.bytes[spec.byte : spec.byte + spec.nbytes]
 
-    def push(self, round_: int, buckets: Sequence[int], info: PushInfo) -> int:
+    def push(self, round_: int, buckets: list[int], info: PushInfo) -> int:
         payload = [] if info.hypers is None else [info.hypers]
         payload += [] if info.absent is None else [info.absent.tobytes()]
         welcome = self._session.welcome
-        bases = self._versions(buckets) if self._aliased else self._base[list(buckets)]
+        bases = self._versions(buckets) if self._aliased else self._base[buckets]
         with self._session.sequenced() as seq:
             message = m.Push(
                 epoch=welcome.epoch,
                 session=welcome.session,
                 seq=seq,
                 round=round_,
-                buckets=list(buckets),
+                buckets=buckets,
                 bases=bases.tolist(),
                 samples=info.samples,
                 grad_scale=info.grad_scale,
@@ -118,8 +119,8 @@ class ShmLink:
     def done(self, buckets: NDArray[np.uint32], seqs: NDArray[np.uint64]) -> bool:
         return self._first_missing(buckets, done_target(seqs)) is None
 
-    def outcome(self, bucket: int) -> Outcome:
-        return outcome_of(int(self._control.done[self._session.rank, bucket]))
+    def outcomes(self, buckets: NDArray[np.uint32]) -> tuple[Outcome, ...]:
+        return outcomes_of(self._done_words[buckets])
 
     def pull(self, bucket: int, out: NDArray[np.uint8]) -> int:
         spec, control = self._layout.buckets[bucket], self._control
@@ -178,14 +179,14 @@ class ShmLink:
             return f"; the hub's loop last turned {age_s:.1f} s ago: it is stopped or overloaded"
         return self._session.who_is_missing()
 
-    def _versions(self, buckets: Sequence[int]) -> NDArray[np.uint64]:
-        versions: NDArray[np.uint64] = self._control.seq[list(buckets)] >> np.uint64(1)
+    def _versions(self, buckets: list[int]) -> NDArray[np.uint64]:
+        versions: NDArray[np.uint64] = self._control.seq[buckets] >> _ONE
         return versions
 
     def _first_missing(
         self, buckets: NDArray[np.uint32], targets: NDArray[np.uint64]
     ) -> int | None:
-        words = self._control.done[self._session.rank, buckets]
+        words = self._done_words[buckets]
         missing = np.flatnonzero(words < targets)
         return int(buckets[missing[0]]) if len(missing) else None
 

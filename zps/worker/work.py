@@ -40,7 +40,7 @@ class Work:
         if not self._finished:
             limit = self._default_timeout_s if timeout_s is None else timeout_s
             self._link.wait(self._buckets, self._seqs, limit)
-            self._outcomes = tuple(self._link.outcome(int(b)) for b in self._buckets)
+            self._outcomes = self._link.outcomes(self._buckets)
             self._finish()
             self._finished = True
         return self
@@ -49,6 +49,11 @@ class Work:
         """The same work, with `finish` called once it has been waited for."""
         self._finish = finish
         return self
+
+    @property
+    def finished(self) -> bool:
+        """Whether `wait` has returned."""
+        return self._finished
 
     def done(self) -> bool:
         """Whether `wait` would return at once."""

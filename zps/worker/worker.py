@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from zps import native
 from zps.config import Settings
 from zps.core.layout import Layout, Param
 from zps.errors import (
@@ -25,7 +24,7 @@ from zps.errors import (
 )
 from zps.wire import messages as m
 from zps.wire.hypers import pack_hypers
-from zps.worker.gradients import check_like, dtype_id, dtype_name, encode, nonfinite
+from zps.worker.gradients import check_like, dtype_name, encode, inspect, nonfinite
 from zps.worker.link import PushInfo
 from zps.worker.session import Session
 from zps.worker.shm_link import ShmLink
@@ -34,6 +33,8 @@ from zps.worker.work import Work
 What = str | Sequence[str] | Mapping[str, torch.Tensor]
 Readable = Literal["state", "weights", "foreign"]
 Writable = Literal["state", "foreign"]
+
+_MAX_SELECTIONS = 1024  # a loop may choose other names in every round
 
 
 class Worker:
@@ -80,6 +81,8 @@ class Worker:
         self._layout: Layout | None = None
         self._slots: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
+        self._selected: dict[tuple[str, ...], NDArray[np.uint32]] = {}  # names -> their buckets
+        self._under_way: list[Work] = []  # pushes that may still lie in their slots
         self._at_close: list[Callable[[bool], None]] = []
 
     def _agreed(self) -> dict[str, Any]:
@@ -206,10 +209,8 @@ class Worker:
         The k-th push of a name belongs to round k. With tensors that were fused, push them
         together. Raises UnknownName, TensorMismatch, NonFiniteGradient (nothing has left then).
         """
-        layout = self.layout
-        names = [what] if isinstance(what, str) else list(what)
-        indices = [self._index(name) for name in names]
-        buckets = sorted({layout.pieces[p].bucket for i in indices for p in layout.pieces_of(i)})
+        names = (what,) if isinstance(what, str) else tuple(what)
+        buckets = self._buckets_of(names)
         self._wait_for_slots(buckets)
         finite = self._fill(what, names) if isinstance(what, Mapping) else self._inspect(names)
         if not finite and self.settings.nonfinite == "skip":
@@ -219,9 +220,8 @@ class Worker:
     def pull(self, names: str | Iterable[str] | None = None) -> Work:
         """Bring `weights` up to date. Done when this returns; `wait` is there for symmetry."""
         link, layout = self._declared()
-        wanted = layout.index if names is None else [names] if isinstance(names, str) else names
-        indices = [self._index(name) for name in wanted]
-        self.refresh({layout.pieces[p].bucket for i in indices for p in layout.pieces_of(i)})
+        wanted = layout.index if names is None else (names,) if isinstance(names, str) else names
+        self.refresh(self._buckets_of(tuple(wanted)).tolist())
         none = np.empty(0, np.uint32), np.empty(0, np.uint64)
         return Work(link, *none, default_timeout_s=self.settings.timeout_s).wait()
 
@@ -241,21 +241,23 @@ class Worker:
 
         return work.then(bring)
 
-    def push_buckets(
-        self, buckets: Sequence[int], info: PushInfo, round_: int | None = None
-    ) -> Work:
-        """Push whole buckets that already lie in the slots; `round_` None: the next of each."""
+    def push_buckets(self, buckets: NDArray[np.uint32], info: PushInfo) -> Work:
+        """Push whole buckets that already lie in the slots, each in its next round."""
         link, _ = self._declared()
-        chosen = np.array(buckets, np.uint32)
-        rounds = self._next_round[chosen] if round_ is None else np.full(len(chosen), round_)
-        for number in np.unique(rounds):
-            same = chosen[rounds == number]
+        rounds = self._next_round[buckets]
+        first = int(rounds[0]) if len(rounds) else 0
+        together = len(buckets) <= 1 or bool((rounds == first).all())
+        for number in (first,) if together else np.unique(rounds).tolist():
+            same = buckets if together else buckets[rounds == number]
             for at in range(0, len(same), m.MAX_PUSH_BUCKETS):
                 part = same[at : at + m.MAX_PUSH_BUCKETS]
-                self._last_seq[part] = link.push(int(number), part.tolist(), info)
+                self._last_seq[part] = link.push(number, part.tolist(), info)
             self._next_round[same] = number + 1
-        seqs = self._last_seq[chosen]
-        return Work(link, chosen, seqs, default_timeout_s=self.settings.timeout_s)
+        work = Work(
+            link, buckets, self._last_seq[buckets], default_timeout_s=self.settings.timeout_s
+        )
+        self._under_way = [work, *(other for other in self._under_way if not other.done())]
+        return work
 
     def refresh(self, buckets: Iterable[int] | None = None) -> None:
         """Copy the hub's weights here, where they are not views of them anyway."""
@@ -419,12 +421,22 @@ class Worker:
             self._replica = np.zeros(layout.arena_bytes, np.uint8) if shared is None else shared
         return [self._view(self._replica, i) for i in range(len(layout.params))]
 
-    def _wait_for_slots(self, buckets: Sequence[int]) -> None:
-        link, _ = self._declared()
-        chosen = np.array(buckets, np.uint32)
-        seqs = self._last_seq[chosen]
-        if not link.done(chosen, seqs):
-            link.wait(chosen, seqs, self.settings.timeout_s)
+    def _buckets_of(self, names: tuple[str, ...]) -> NDArray[np.uint32]:
+        """The buckets in which these tensors lie, ascending. Raises UnknownName."""
+        _, layout = self._declared()
+        buckets = self._selected.get(names)
+        if buckets is None:
+            pieces = (p for name in names for p in layout.pieces_of(self._index(name)))
+            buckets = np.array(sorted({layout.pieces[p].bucket for p in pieces}), np.uint32)
+            if len(self._selected) >= _MAX_SELECTIONS:
+                self._selected.clear()
+            self._selected[names] = buckets
+        return buckets
+
+    def _wait_for_slots(self, buckets: NDArray[np.uint32]) -> None:
+        if not all(work.finished for work in self._under_way):
+            link, _ = self._declared()
+            link.wait(buckets, self._last_seq[buckets], self.settings.timeout_s)
 
     def _fill(self, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> bool:
         """Copy gradients into the slots; whether all are finite."""
@@ -436,11 +448,7 @@ class Worker:
     def _inspect(self, names: Sequence[str]) -> bool:
         if self.settings.nonfinite == "allow":
             return True
-        slots = ((name, self.slot(name)) for name in names)
-        return self._all_finite(
-            (name, native.inspect(s.data_ptr(), s.numel(), dtype_id(s))[1] if s.numel() else True)
-            for name, s in slots
-        )
+        return self._all_finite((name, inspect(self.slot(name))) for name in names)
 
     def _all_finite(self, findings: Iterable[tuple[str, bool]]) -> bool:
         bad = [name for name, finite in findings if not finite]
