@@ -78,7 +78,7 @@ class Optimizer(torch.optim.Optimizer):
         self._followers = _followers(model, self._params, whole=apply == "worker")
         self._sent = b""
         self._declare()
-        if apply == "worker" and self._worker.link.formed:
+        if apply == "worker" and self._worker.joined_late:
             raise UnsupportedError(
                 "a worker cannot join a running job with apply='worker', whose weights are with "
                 "its workers; start all again from a checkpoint, or use apply='hub'"
@@ -210,7 +210,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _take_over_state(self, optimizer: torch.optim.Optimizer) -> None:
         """What rank 0's optimizer had before it was wrapped, as after loading a checkpoint."""
-        if self._apply == "worker" or self._worker.link.formed:
+        if self._apply == "worker" or self._worker.joined_late:
             return  # a newcomer takes the state of the job that it joins
         states = [dict(optimizer.state.get(param, {})) for _, param in self._params]
         if self._worker.rank == 0 and hub_state.has_stepped(states):
@@ -271,9 +271,8 @@ class Optimizer(torch.optim.Optimizer):
     def _step_here(self) -> None:
         """apply="worker": the averaged gradients become this worker's own, and it steps."""
         self._worker.refresh()
-        steps, layout = self._worker.link.steps, self._worker.layout
         for index, (name, param) in enumerate(self._params):
-            applied = int(steps[layout.pieces_of(index)[0]])
+            applied = self._worker.times_updated(name)
             if applied == self._applied[index]:
                 param.grad = None  # nobody had a gradient
                 continue
@@ -294,8 +293,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _remember_weights(self) -> None:
         self._versions = self._seen_weights()
-        steps, layout = self._worker.link.steps, self._worker.layout
-        self._applied = [int(steps[layout.pieces_of(i)[0]]) for i in range(len(self._params))]
+        if self._apply == "worker":
+            self._applied = [self._worker.times_updated(name) for name, _ in self._params]
 
     def _check_weights(self) -> None:
         if self._apply == "worker":

@@ -30,7 +30,7 @@ def fetch(
     if not spec.native:
         return [decode_state(worker.read("foreign", i)) for i in range(len(shapes))]
     layout = worker.layout
-    steps = [int(worker.link.steps[layout.pieces_of(i)[0]]) for i in range(len(shapes))]
+    steps = [worker.times_updated(param.name) for param in layout.params]
     states: list[State] = [{} for _ in shapes]
     for index, state in enumerate(states):
         if steps[index] or spec.name in _ALWAYS:

@@ -43,9 +43,28 @@ class Link(Protocol):
     """One worker's way to one hub."""
 
     first_round: int
+    """The first round this worker takes part in."""
+    formed: bool
+    """Whether the job was running already when this worker came."""
 
-    def slot(self, bucket: int) -> NDArray[np.uint8]:
-        """The bytes in which the next gradient of `bucket` is to be laid before it is pushed."""
+    @property
+    def weights(self) -> NDArray[np.uint8]:
+        """The weights arena as this worker sees it: all buckets, then the extras."""
+        ...
+
+    @property
+    def slots(self) -> NDArray[np.uint8]:
+        """Where gradients are laid before they are pushed, as the layout's buckets lie."""
+        ...
+
+    @property
+    def closed_rounds(self) -> NDArray[np.int64]:
+        """1 + the highest round of each bucket that has closed; changes under the reader."""
+        ...
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """How often each piece of the layout has been updated; changes under the reader."""
         ...
 
     def push(self, round_: int, buckets: list[int], info: PushInfo) -> int:
@@ -74,6 +93,16 @@ class Link(Protocol):
         """Copy the weights of `bucket`, never half an update; returns their version."""
         ...
 
-    def version(self, bucket: int) -> int: ...
+    def version(self, bucket: int) -> int:
+        """How often `bucket` had been applied when its weights were last seen here."""
+        ...
+
+    def replica(self) -> NDArray[np.uint8] | None:
+        """Where this worker is to keep the weights it computes on, if the hub wants to see them."""
+        ...
+
+    def last_words(self) -> str:
+        """Why the hub ended, once it has, and if it could say."""
+        ...
 
     def close(self) -> None: ...

@@ -114,6 +114,10 @@ class Session:
             self._seq += 1
             yield self._seq
 
+    def header(self, seq: int) -> dict[str, int]:
+        """The fields that every message of this session begins with."""
+        return {"epoch": self.welcome.epoch, "session": self.welcome.session, "seq": seq}
+
     def send(self, message: m.Sessioned, *payload: bytes) -> None:
         """Send without waiting for an answer; raises HubLost when the hub takes nothing."""
         frames = [m.encode(message), *payload]

@@ -35,8 +35,8 @@ class ShmLink:
         self.formed = attach.formed
         try:
             control = _attach(attach.control, writable=False)
-            self.weights = _attach(attach.weights, writable=True)
-            self.slots = _attach(attach.slots, writable=True)
+            self._weights = _attach(attach.weights, writable=True)
+            self._slots = _attach(attach.slots, writable=True)
         except ProtocolError:
             session.check_alive(_ENDING_S)  # the hub may be ending since it answered
             raise
@@ -48,8 +48,8 @@ class ShmLink:
         )
         self._control.check(session.welcome.epoch)
         for segment, needed in (
-            (self.weights, layout.total_bytes),
-            (self.slots, layout.arena_bytes),
+            (self._weights, layout.total_bytes),
+            (self._slots, layout.arena_bytes),
         ):
             if segment.nbytes < needed:
                 raise ProtocolError(f"the hub's arena has {segment.nbytes} bytes, not {needed}")
@@ -61,9 +61,13 @@ class ShmLink:
 
     # --- Link ---------------------------------------------------------------------------------
 
-    def slot(self, bucket: int) -> NDArray[np.uint8]:
-        spec = self._layout.buckets[bucket]
-        return self.slots.bytes[spec.byte : spec.byte + spec.nbytes]
+    @property
+    def weights(self) -> NDArray[np.uint8]:
+        return self._weights.bytes
+
+    @property
+    def slots(self) -> NDArray[np.uint8]:
+        return self._slots.bytes
 
     def push(self, round_: int, buckets: list[int], info: PushInfo) -> int:
         payload = [] if info.hypers is None else [info.hypers]
@@ -112,7 +116,7 @@ class ShmLink:
             session.check_alive()
             if left_ns == 0:
                 raise WaitTimeout(
-                    f"rank {session.rank} waited {timeout_s:g} s for bucket "
+                    f"rank {session.rank} waited {timeout_s:.3g} s for bucket "
                     f"{self._first_missing(buckets, targets)}{self._why()}"
                 )
 
@@ -125,7 +129,7 @@ class ShmLink:
     def pull(self, bucket: int, out: NDArray[np.uint8]) -> int:
         spec, control = self._layout.buckets[bucket], self._control
         # Held here, so that a thread that closes this link cannot take the memory from under us.
-        source = self.weights.bytes[spec.byte : spec.byte + spec.nbytes]
+        source = self._weights.bytes[spec.byte : spec.byte + spec.nbytes]
         if len(source) < spec.nbytes:
             raise Closed(f"rank {self._session.rank} is closed")
         deadline = time.monotonic() + _PULL_S
@@ -148,29 +152,25 @@ class ShmLink:
         return int(self._control.seq[bucket]) >> 1
 
     def close(self) -> None:
-        for segment in (self.weights, self.slots, self._control.segment):
+        for segment in (self._weights, self._slots, self._control.segment):
             segment.close()
-
-    # --- beyond Link --------------------------------------------------------------------------
 
     @property
     def closed_rounds(self) -> NDArray[np.int64]:
-        """1 + the highest round of each bucket that has closed; changes under the reader."""
         return self._control.closed
 
     @property
     def steps(self) -> NDArray[np.int64]:
-        """How often each piece of the layout has been updated; changes under the reader."""
         return self._control.steps
 
     def last_words(self) -> str:
-        """Why the hub ended, once it has, and if it could say."""
         return self._control.last_words
 
     def replica(self) -> NDArray[np.uint8] | None:
-        """Where this worker keeps the weights it computes on, so that the hub sees them too."""
         size = self._layout.arena_bytes
-        return self.slots.bytes[size : 2 * size] if self.slots.nbytes > size else None
+        return self._slots.bytes[size : 2 * size] if self._slots.nbytes > size else None
+
+    # --- parts --------------------------------------------------------------------------------
 
     def _why(self) -> str:
         """For messages: who keeps us waiting, the hub itself or other workers."""

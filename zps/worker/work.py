@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,20 +13,19 @@ from zps.memory.control import Outcome
 from zps.worker.link import Link
 
 
+class Part(NamedTuple):
+    """The pushes of one work at one hub."""
+
+    link: Link
+    buckets: NDArray[np.uint32]
+    seqs: NDArray[np.uint64]
+
+
 class Work:
     """What a push, pull or push_pull returns. Waiting twice is allowed."""
 
-    def __init__(
-        self,
-        link: Link,
-        buckets: NDArray[np.uint32],
-        seqs: NDArray[np.uint64],
-        *,
-        default_timeout_s: float,
-    ):
-        self._link = link
-        self._buckets = buckets
-        self._seqs = seqs
+    def __init__(self, parts: Sequence[Part], *, default_timeout_s: float):
+        self._parts = tuple(parts)
         self._default_timeout_s = default_timeout_s
         self._finish: Callable[[], None] = lambda: None
         self._finished = False
@@ -39,8 +40,12 @@ class Work:
         """
         if not self._finished:
             limit = self._default_timeout_s if timeout_s is None else timeout_s
-            self._link.wait(self._buckets, self._seqs, limit)
-            self._outcomes = self._link.outcomes(self._buckets)
+            deadline = time.monotonic() + limit
+            for link, buckets, seqs in self._parts:
+                link.wait(buckets, seqs, max(0.0, deadline - time.monotonic()))
+            self._outcomes = tuple(
+                o for part in self._parts for o in part.link.outcomes(part.buckets)
+            )
             self._finish()
             self._finished = True
         return self
@@ -57,7 +62,9 @@ class Work:
 
     def done(self) -> bool:
         """Whether `wait` would return at once."""
-        return self._finished or self._link.done(self._buckets, self._seqs)
+        return self._finished or all(
+            link.done(buckets, seqs) for link, buckets, seqs in self._parts
+        )
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:

@@ -24,10 +24,10 @@ from zps.errors import (
 )
 from zps.wire import messages as m
 from zps.wire.hypers import pack_hypers
+from zps.worker.channel import Channel
 from zps.worker.gradients import check_like, dtype_name, encode, inspect, nonfinite
 from zps.worker.link import PushInfo
 from zps.worker.session import Session
-from zps.worker.shm_link import ShmLink
 from zps.worker.work import Work
 
 What = str | Sequence[str] | Mapping[str, torch.Tensor]
@@ -77,10 +77,8 @@ class Worker:
         self.settings = settings.replace(**self._agreed())
         self.rank = self._session.rank
         self.world_size = self._session.world_size
-        self._link: ShmLink | None = None
-        self._layout: Layout | None = None
-        self._slots: list[torch.Tensor] = []
-        self._weights: list[torch.Tensor] = []
+        self._channel: Channel | None = None
+        self._published = self._closed = False
         self._selected: dict[tuple[str, ...], NDArray[np.uint32]] = {}  # names -> their buckets
         self._under_way: list[Work] = []  # pushes that may still lie in their slots
         self._at_close: list[Callable[[bool], None]] = []
@@ -118,7 +116,7 @@ class Worker:
         TensorMismatch, ConfigError, OutOfMemory, WaitTimeout naming the missing ranks.
         """
         self._session.check_usable()
-        if self._layout is not None:
+        if self._channel is not None:
             raise LayoutError(f"rank {self.rank} has declared its tensors already")
         layout = Layout.build(
             _params(tensors),
@@ -129,21 +127,15 @@ class Worker:
         )
         groups = [{"params": list(tensors), **hypers}] if groups is None else groups
         wired = [{**g, "params": _indices(g.get("params", ()), layout)} for g in groups]
-        data = pack_hypers(wired, max_grad_norm)
-        with self._session.sequenced() as seq:
-            declare = m.Declare(**self._header(seq), layout_hash=layout.hash, rule=rule)
-            answer, _ = self._session.request(declare, m.pack(layout.to_wire()), data)
-        assert isinstance(answer, m.Attach)
-        self._session.received = 1
-        self._layout = layout
-        self._link = ShmLink(self._session, layout, answer, aliased=self.aliased)
-        self._session.last_words = self._link.last_words
-        count = len(layout.buckets)
-        self._next_round = np.full(count, self._link.first_round, np.int64)
-        self._last_seq = np.zeros(count, np.uint64)
-        self._slots = [self._view(self._link.slots.bytes, i) for i in range(len(layout.params))]
-        self._weights = self._make_weights()
-        self._published = self._link.formed
+        self._channel = Channel(
+            self._session,
+            self.settings,
+            layout,
+            rule=rule,
+            hypers=pack_hypers(wired, max_grad_norm),
+            aliased=self._may_alias,
+        )
+        self._published = self.joined_late
         if not self._published:
             self.publish(tensors, extras)
         self.refresh()
@@ -158,7 +150,8 @@ class Worker:
         None: on rank 0, what its `weights` hold now. Raises UnknownName, TensorMismatch; then
         nothing has been written, and the others go on waiting.
         """
-        link, layout = self._declared()
+        channel = self._declared()
+        layout = channel.layout
         for name, value in (tensors or {}).items():
             _check_shape(layout.params[self._index(name)], value)
         for name, value in (extras or {}).items():
@@ -167,10 +160,12 @@ class Worker:
             self.barrier()  # nobody may be reading what rank 0 is about to write
         if self.rank == 0:
             values = (
-                dict(zip(layout.index, self._weights, strict=True)) if tensors is None else tensors
+                dict(zip(layout.index, channel.weights, strict=True))
+                if tensors is None
+                else tensors
             )
             for name, value in values.items():
-                arena = self._view(link.weights.bytes, layout.index[name])
+                arena = channel.published(layout.index[name])
                 if arena.data_ptr() != value.data_ptr():
                     arena.copy_(value.detach())
             for name, value in (extras or {}).items():
@@ -186,7 +181,8 @@ class Worker:
 
         It belongs to the hub from the push until the push has been waited for.
         """
-        return self._slots[self._index(name)]
+        index = self._index(name)
+        return self._declared().slots[index]
 
     def weights(self, name: str) -> torch.Tensor:
         """The values of `name` as this worker sees them.
@@ -194,13 +190,13 @@ class Worker:
         In bsp a view of the hub's own memory: do not write to it. Otherwise a copy that `pull`
         brings up to date.
         """
-        return self._weights[self._index(name)]
+        index = self._index(name)
+        return self._declared().weights[index]
 
     def extra(self, name: str) -> torch.Tensor:
         """The shared copy of an extra, as rank 0 last published it."""
-        link, layout = self._declared()
         index = self._extra_index(name)
-        return _tensor(link.weights.bytes, layout.extra_bytes[index], layout.extras[index])
+        return self._declared().extra(index)
 
     def push(self, what: What, *, samples: float = 1.0) -> Work:
         """Hand gradients to the hub: a mapping is copied into the slots, names are there already.
@@ -219,11 +215,10 @@ class Worker:
 
     def pull(self, names: str | Iterable[str] | None = None) -> Work:
         """Bring `weights` up to date. Done when this returns; `wait` is there for symmetry."""
-        link, layout = self._declared()
+        layout = self.layout
         wanted = layout.index if names is None else (names,) if isinstance(names, str) else names
-        self.refresh(self._buckets_of(tuple(wanted)).tolist())
-        none = np.empty(0, np.uint32), np.empty(0, np.uint64)
-        return Work(link, *none, default_timeout_s=self.settings.timeout_s).wait()
+        self.refresh(self._buckets_of(tuple(wanted)))
+        return Work((), default_timeout_s=self.settings.timeout_s).wait()
 
     def push_pull(self, what: What, *, samples: float = 1.0) -> Work:
         """Push; once waited for, `weights` holds the new values, and so do the tensors of `what`.
@@ -243,43 +238,36 @@ class Worker:
 
     def push_buckets(self, buckets: NDArray[np.uint32], info: PushInfo) -> Work:
         """Push whole buckets that already lie in the slots, each in its next round."""
-        link, _ = self._declared()
-        rounds = self._next_round[buckets]
-        first = int(rounds[0]) if len(rounds) else 0
-        together = len(buckets) <= 1 or bool((rounds == first).all())
-        for number in (first,) if together else np.unique(rounds).tolist():
-            same = buckets if together else buckets[rounds == number]
-            for at in range(0, len(same), m.MAX_PUSH_BUCKETS):
-                part = same[at : at + m.MAX_PUSH_BUCKETS]
-                self._last_seq[part] = link.push(number, part.tolist(), info)
-            self._next_round[same] = number + 1
-        work = Work(
-            link, buckets, self._last_seq[buckets], default_timeout_s=self.settings.timeout_s
-        )
+        part = self._declared().push(buckets, info)
+        work = Work((part,), default_timeout_s=self.settings.timeout_s)
         self._under_way = [work, *(other for other in self._under_way if not other.done())]
         return work
 
-    def refresh(self, buckets: Iterable[int] | None = None) -> None:
+    def refresh(self, buckets: NDArray[np.uint32] | None = None) -> None:
         """Copy the hub's weights here, where they are not views of them anyway."""
-        link, layout = self._declared()
-        chosen = list(range(len(layout.buckets)) if buckets is None else buckets)
-        if self.settings.quorum < 1:
-            # A worker that fell behind goes on where the others are: what it pushes next will have
-            # been computed on the weights it gets now. What it computed before stays in its round.
-            closed = link.closed_rounds[chosen]
-            self._next_round[chosen] = np.maximum(self._next_round[chosen], closed)
-        if self.aliased:
-            return
-        for bucket in chosen:
-            spec = layout.buckets[bucket]
-            link.pull(bucket, self._replica[spec.byte : spec.byte + spec.nbytes])
+        self._declared().refresh(buckets)
 
     # --- the rest -----------------------------------------------------------------------------
 
     @property
     def aliased(self) -> bool:
         """Whether `weights` are views of the hub's memory: see the setting `pull`."""
+        return self._channel is not None and self._channel.aliased
+
+    @property
+    def _may_alias(self) -> bool:
         return self.settings.pull == "alias" or (self.settings.pull == "auto" and self.in_step)
+
+    @property
+    def joined_late(self) -> bool:
+        """Whether the job was running already when this worker declared."""
+        return self._declared().link.formed
+
+    def times_updated(self, name: str) -> int:
+        """How often the hub has updated `name`; may change at any time."""
+        index = self._index(name)
+        channel = self._declared()
+        return int(channel.link.steps[channel.layout.pieces_of(index)[0]])
 
     @property
     def in_step(self) -> bool:
@@ -297,17 +285,13 @@ class Worker:
 
     @property
     def closed(self) -> bool:
-        """Whether `close` has been called here."""
-        return self._link is None and self._layout is not None
+        """Whether `close` has been called here, on a worker that had declared."""
+        return self._closed
 
     @property
     def layout(self) -> Layout:
         """What was declared."""
-        return self._declared()[1]
-
-    @property
-    def link(self) -> ShmLink:
-        return self._declared()[0]
+        return self._declared().layout
 
     def barrier(self) -> None:
         """Return once every live worker has called it."""
@@ -316,14 +300,14 @@ class Worker:
     def stats(self) -> dict[str, Any]:
         """The hub's own account: members, versions, dropped and skipped rounds."""
         with self._session.sequenced() as seq:
-            _, payload = self._session.request(m.Stats(**self._header(seq)))
+            _, payload = self._session.request(m.Stats(**self._session.header(seq)))
         facts: dict[str, Any] = m.unpack(payload[0])
         return facts
 
     def read(self, what: Readable, index: int, field: str = "") -> bytes:
         """Bytes of optimizer state that live in the hub: see the READ message."""
         with self._session.sequenced() as seq:
-            read = m.Read(**self._header(seq), what=what, field=field, index=index)
+            read = m.Read(**self._session.header(seq), what=what, field=field, index=index)
             _, payload = self._session.request(read)
         return b"".join(payload)
 
@@ -332,13 +316,13 @@ class Worker:
         step = self.settings.bucket_bytes
         chunks = [data[at : at + step] for at in range(0, len(data), step)]
         with self._session.sequenced() as seq:
-            write = m.Write(**self._header(seq), what=what, field=field, index=index)
+            write = m.Write(**self._session.header(seq), what=what, field=field, index=index)
             self._session.request(write, *chunks)
 
     def set_steps(self, steps: NDArray[np.int64]) -> None:
         """Set the step count of every parameter, as after loading a checkpoint."""
         with self._session.sequenced() as seq:
-            self._session.request(m.SetSteps(**self._header(seq)), steps.tobytes())
+            self._session.request(m.SetSteps(**self._session.header(seq)), steps.tobytes())
 
     def close(self, *, goodbye: bool = True) -> None:
         """Leave the job. Closing twice is allowed.
@@ -351,15 +335,15 @@ class Worker:
             call(goodbye)
         # The hub may have gone first, which is no concern of a worker that leaves.
         with contextlib.suppress(ZpsError), self._session.sequenced() as seq:
-            bye = m.Bye(**self._header(seq), failed=not goodbye)
+            bye = m.Bye(**self._session.header(seq), failed=not goodbye)
             self._session.request(bye, timeout_s=2.0)
         self._session.close()
         self._session.last_words = str
-        self._slots, self._weights = [], []
-        self._replica = np.empty(0, np.uint8)
-        if self._link is not None:
-            self._link.close()
-            self._link = None
+        self._under_way.clear()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+            self._closed = True
 
     def at_close(self, call: Callable[[bool], None]) -> None:
         """Have `call(goodbye)` made first when this worker closes.
@@ -376,22 +360,18 @@ class Worker:
 
     # --- parts --------------------------------------------------------------------------------
 
-    def _declared(self) -> tuple[ShmLink, Layout]:
+    def _declared(self) -> Channel:
         self._session.check_usable()
-        if self._link is None or self._layout is None:
+        if self._channel is None:
             raise NotDeclared(f"rank {self.rank} has to call declare() first")
-        return self._link, self._layout
-
-    def _header(self, seq: int) -> dict[str, int]:
-        welcome = self._session.welcome
-        return {"epoch": welcome.epoch, "session": welcome.session, "seq": seq}
+        return self._channel
 
     def _collective(self, kind: type[m.Publish] | type[m.Barrier]) -> None:
         with self._session.sequenced() as seq:
-            self._session.request(kind(**self._header(seq)))
+            self._session.request(kind(**self._session.header(seq)))
 
     def _index(self, name: str) -> int:
-        _, layout = self._declared()
+        layout = self._declared().layout
         index = layout.index.get(name)
         if index is None:
             raise UnknownName(
@@ -407,27 +387,12 @@ class Worker:
             )
         return known[name]
 
-    def _view(self, arena: NDArray[np.uint8], index: int) -> torch.Tensor:
-        layout = self._layout
-        assert layout is not None
-        return _tensor(arena, layout.param_byte(index), layout.params[index])
-
-    def _make_weights(self) -> list[torch.Tensor]:
-        link, layout = self._declared()
-        if self.aliased:
-            self._replica = link.weights.bytes
-        else:
-            shared = link.replica()  # the hub compensates delays by what we computed on
-            self._replica = np.zeros(layout.arena_bytes, np.uint8) if shared is None else shared
-        return [self._view(self._replica, i) for i in range(len(layout.params))]
-
     def _buckets_of(self, names: tuple[str, ...]) -> NDArray[np.uint32]:
         """The buckets in which these tensors lie, ascending. Raises UnknownName."""
-        _, layout = self._declared()
+        channel = self._declared()
         buckets = self._selected.get(names)
         if buckets is None:
-            pieces = (p for name in names for p in layout.pieces_of(self._index(name)))
-            buckets = np.array(sorted({layout.pieces[p].bucket for p in pieces}), np.uint32)
+            buckets = channel.buckets_of(self._index(name) for name in names)
             if len(self._selected) >= _MAX_SELECTIONS:
                 self._selected.clear()
             self._selected[names] = buckets
@@ -435,8 +400,7 @@ class Worker:
 
     def _wait_for_slots(self, buckets: NDArray[np.uint32]) -> None:
         if not all(work.finished for work in self._under_way):
-            link, _ = self._declared()
-            link.wait(buckets, self._last_seq[buckets], self.settings.timeout_s)
+            self._declared().wait_for_slots(buckets)
 
     def _fill(self, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> bool:
         """Copy gradients into the slots; whether all are finite."""
@@ -473,12 +437,3 @@ def _indices(names: Iterable[str], layout: Layout) -> list[int]:
         return [layout.index[name] for name in names]
     except KeyError as error:
         raise UnknownName(f"a group names {error}, which is not declared") from None
-
-
-def _tensor(arena: NDArray[np.uint8], byte: int, param: Param) -> torch.Tensor:
-    """A tensor with a storage of its own over shared bytes, so that saving it saves no more."""
-    dtype: torch.dtype = getattr(torch, param.dtype)
-    if param.numel == 0:
-        return torch.empty(param.shape, dtype=dtype)
-    flat = torch.frombuffer(arena[byte : byte + param.nbytes], dtype=dtype)
-    return flat.reshape(param.shape)
