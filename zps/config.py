@@ -117,6 +117,12 @@ class Settings(BaseSettings):
     pull: Literal["auto", "alias", "copy"] = Field(
         "auto", description="weights on one node: views of the hub's, or copies; auto: by mode"
     )
+    link: Literal["auto", "shm", "message"] = Field(
+        "auto", description="way to the hub: shared memory or messages; auto: by host"
+    )
+    hub_buffer_bytes: Bytes = Field(
+        64 * 2**20, ge=4096, description="received gradients that a hub holds at a time"
+    )
     nonfinite: Literal["raise", "skip", "allow"] = Field(
         "raise", description="a gradient with NaN or infinity: error, skip the round, push it"
     )
@@ -138,6 +144,9 @@ class Settings(BaseSettings):
     )
     spin_us: int = Field(
         20, ge=0, le=10_000, description="busy wait before a waiter sleeps, microseconds"
+    )
+    insecure: bool = Field(
+        False, description="listen beyond this machine without encryption: anyone may join"
     )
     runtime_dir: Path = Field(
         default_factory=_default_runtime_dir, description="folder of the ipc sockets, mode 0700"

@@ -114,7 +114,7 @@ class Bench:
             seq=self._seq,
             slots=self.slots[rank],
             slots_address=self.slots[rank].ctypes.data,
-            base_offset=self._base_offset,
+            base_address=self._base_offset and self.slots[rank].ctypes.data + self._base_offset,
             **fields,
         )
         chosen = self.buckets if buckets is None else buckets

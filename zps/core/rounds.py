@@ -21,7 +21,7 @@ section 3 (ssp); Chen et al., Revisiting Distributed Synchronous SGD, section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -173,6 +173,13 @@ class Rounds:
             )
         self._policy.check(_Push(rank, round, bucket, base))
 
+    def would_close(self, round: int, bucket: int, ranks: Collection[int]) -> bool:
+        """Whether the bucket could be applied in this round had all of `ranks` pushed it.
+
+        Rounds before it are not looked at.
+        """
+        return self._policy.would_close(round, bucket, ranks)
+
     def pending(self) -> dict[tuple[int, int], tuple[int, ...]]:
         """For each (round, bucket) of which a push is kept: the ranks that it waits for."""
         return self._policy.pending()
@@ -200,6 +207,7 @@ class _Policy(Protocol):
     def leave(self, rank: int) -> list[Action]: ...
     def check(self, push: _Push) -> None: ...
     def on_push(self, push: _Push) -> list[Action]: ...
+    def would_close(self, round: int, bucket: int, ranks: Collection[int]) -> bool: ...
     def pending(self) -> dict[tuple[int, int], tuple[int, ...]]: ...
     def waiting_for(self, bucket: int) -> tuple[int, ...]: ...
 
@@ -328,9 +336,17 @@ class _Synchronous:
 
     def _ready(self, round: int, bucket: int) -> bool:
         pushed = len(self._pushed[bucket].get(round, ()))
-        awaited = len(self._awaited(round, bucket))
+        return self._suffice(pushed, len(self._awaited(round, bucket)))
+
+    def _suffice(self, pushed: int, awaited: int) -> bool:
         # The margin keeps 0.7 * 10 at 7. With nobody left to push, the round closes empty.
         return pushed >= math.ceil(self._quorum * (pushed + awaited) * (1 - 1e-12))
+
+    def would_close(self, round: int, bucket: int, ranks: Collection[int]) -> bool:
+        awaited = self._awaited(round, bucket)
+        there = awaited.intersection(ranks)
+        pushed = len(self._pushed[bucket].get(round, ())) + len(there)
+        return self._suffice(pushed, len(awaited) - len(there))
 
     def _close(self, round: int, bucket: int) -> list[Action]:
         self._next[bucket] = round + 1
@@ -431,6 +447,9 @@ class _OnArrival:
     def waiting_for(self, bucket: int) -> tuple[int, ...]:
         slower = (self._slower(push) for push in self._kept if push.bucket == bucket)
         return tuple(sorted(set().union(*slower)))
+
+    def would_close(self, round: int, bucket: int, ranks: Collection[int]) -> bool:
+        return True  # a push needs no other
 
     def _lead(self, push: _Push) -> int:
         """How many rounds a push is ahead of the slowest other member; 0 if there is none."""

@@ -59,6 +59,10 @@ class Engine:
         self._ready: list[Update] = []
         self._held: defaultdict[tuple[int, ...], list[Update | None]] = defaultdict(list)
         self._posts: list[tuple[int, int]] = []  # (index into done, word)
+        self.consumed: list[tuple[Pushed, int, Outcome]] = []
+        """Remote pushes and their buckets that are done with, for whoever answers them."""
+        self.released: list[tuple[Pushed, int]] = []
+        """Remote pushes and their buckets whose bytes are not held any more."""
 
     # --- members ------------------------------------------------------------------------------
 
@@ -223,6 +227,10 @@ class Engine:
 
     def _post(self, pushed: Pushed, bucket: int, outcome: Outcome) -> None:
         self._busy.discard((pushed.session, bucket))
+        if pushed.remote:
+            self.consumed.append((pushed, bucket, outcome))
+            self.released.append((pushed, bucket))
+            return
         index = pushed.rank * len(self.store.layout.buckets) + bucket
         self._posts.append((index, done_word(pushed.seq, outcome)))
 

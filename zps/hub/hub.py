@@ -20,10 +20,11 @@ from zps import native
 from zps.config import Settings
 from zps.core.membership import Verdict
 from zps.errors import OutOfMemory, ProtocolError, ZpsError
+from zps.hub.courier import Courier
 from zps.hub.job import Declaration, Job, Peer, Refused, ResolveRule
 from zps.hub.roster import Roster
 from zps.hub.store import Pushed
-from zps.memory.segment import Segment
+from zps.memory.segment import Segment, private_floats
 from zps.wire import messages as m
 from zps.wire.sockets import Frame, Router, readable
 
@@ -57,6 +58,7 @@ class Hub:
         self._pool = native.Pool(settings.hub_threads or len(os.sched_getaffinity(0)))
         self._poller = zmq.Poller()
         self._poller.register(router.socket, zmq.POLLIN)
+        self._poller.register(router.monitor, zmq.POLLIN)
         self._watches: dict[int, Callable[[], None]] = {}
         self._stopping = ""
         self._last_beat = 0.0
@@ -69,12 +71,14 @@ class Hub:
         """Serve until `stop`. Leaves no peer without a word and no memory behind."""
         try:
             while not self._stopping:
-                timeout_ms = _POLL_BACKLOG_MS if self._router.backlog else int(_BEAT_S * 1000)
+                timeout_ms = _POLL_BACKLOG_MS if self._has_backlog else int(_BEAT_S * 1000)
                 readable = self._poller.poll(timeout_ms)
                 self._serve()  # first: what a worker sent before it died counts
                 for fd, _ in readable:
                     if fd in self._watches:
                         self._watches[fd]()
+                    elif fd is self._router.monitor:
+                        self._drop_the_cut()
                 self._router.flush()
                 self._beat()
         except Exception as error:
@@ -96,8 +100,9 @@ class Hub:
         """A new life: nothing from before has a meaning any more."""
         self._roster = Roster(self.settings)
         self._job: Job | None = None
+        self._courier: Courier | None = None
         self._collective: dict[str, dict[int, int]] = {"publish": {}, "barrier": {}}
-        self._awaiting_rank0: list[tuple[Peer, m.Declare, Sequence[bytes]]] = []
+        self._awaiting_rank0: list[tuple[Peer, m.Declare, Sequence[Frame]]] = []
         self._entering: list[tuple[Peer, int]] = []  # (newcomer, its request)
         self._replace_by: dict[int, float] = {}  # dead rank -> until when the others wait for it
 
@@ -108,15 +113,22 @@ class Hub:
             if frames is None:
                 break
             self._asked = None
-            self._guarded(frames[0], partial(self._on_message, frames[0], frames[1:]))
+            route = bytes(frames[0])
+            self._guarded(route, partial(self._on_message, route, frames[1:]))
         self._flush()
 
     def _flush(self) -> None:
         if self._job is None:
             return
         self._job.engine.flush()
+        if self._courier is not None:
+            self._courier.turn()
         if self._entering:
             self._let_in(self._job)
+
+    @property
+    def _has_backlog(self) -> bool:
+        return self._router.backlog or (self._courier is not None and self._courier.backlog)
 
     def _beat(self) -> None:
         now = time.monotonic()
@@ -162,7 +174,7 @@ class Hub:
         # Only here, when the error has let go of what the request had begun to allocate.
         self._refuse(route, code, text)
 
-    def _on_message(self, route: bytes, frames: list[bytes]) -> None:
+    def _on_message(self, route: bytes, frames: Sequence[Frame]) -> None:
         if not frames:
             raise ProtocolError("a message without a header")
         message = m.decode(frames[0])
@@ -181,14 +193,17 @@ class Hub:
 
     def _repeat(self, peer: Peer, message: m.Sessioned) -> None:
         """A request that was already carried out: answer it again, do nothing again."""
-        if isinstance(message, m.Push):
-            return  # its outcome stands in the control segment
+        if isinstance(message, m.Push | m.Data | m.Pull):
+            return  # it is, or will be, answered once
         if message.seq == peer.last_seq and peer.last_reply:
             self._deliver(peer, peer.last_reply)
 
-    def _dispatch(self, peer: Peer, message: m.Sessioned, payload: Sequence[bytes]) -> None:
+    def _dispatch(self, peer: Peer, message: m.Sessioned, payload: Sequence[Frame]) -> None:
         if isinstance(message, m.Push):
             self._on_push(peer, message, payload)
+            return
+        if isinstance(message, m.Data):
+            self._remote(peer).data(peer, message, payload)
             return
         self._flush()  # whatever is asked for now comes after the pushes before it
         if isinstance(message, m.Declare):
@@ -198,6 +213,8 @@ class Hub:
             self._collect("publish", peer, message.seq)
         elif isinstance(message, m.Barrier):
             self._collect("barrier", peer, message.seq)
+        elif isinstance(message, m.Pull):
+            self._remote(peer).pull(peer, message)
         elif isinstance(message, m.Read):
             self._on_read(peer, message)
         elif isinstance(message, m.Write):
@@ -214,23 +231,25 @@ class Hub:
     # --- joining ------------------------------------------------------------------------------
 
     def _on_hello(self, route: bytes, hello: m.Hello) -> None:
+        self._drop_the_cut()  # before a descriptor of theirs is taken for the newcomer's
         if self._job is None and not len(self._roster) and self.settings.world_size is None:
             self._roster = Roster(self.settings, hello.world_size)  # the first says how many
         self._roster.check(hello)
         old = self._roster.of_rank(hello.rank) if hello.rank is not None else None
-        if old is not None and old.route != route and readable(old.pidfd):
+        if old is not None and old.route != route and old.pidfd >= 0 and readable(old.pidfd):
             self._lose(old, "its process has ended")  # its successor was faster than the news
-        peer, is_new = self._roster.admit(route, hello)
+        peer, is_new = self._roster.admit(route, hello, self._router.connection())
         if is_new:
-            self.watch(peer.pidfd, partial(self._look_after, peer))
+            if peer.pidfd >= 0:
+                self.watch(peer.pidfd, partial(self._look_after, peer))
             log.info("rank %d joined (process %d)", peer.rank, peer.pid)
         self._deliver(peer, [m.encode(self._roster.welcome(peer))])
 
-    def _on_declare(self, peer: Peer, message: m.Declare, payload: Sequence[bytes]) -> None:
+    def _on_declare(self, peer: Peer, message: m.Declare, payload: Sequence[Frame]) -> None:
         if len(payload) != 2:
             raise ProtocolError(f"a declaration has 2 payload frames, not {len(payload)}")
         declared = Declaration.read(
-            message.rule, m.unpack(payload[0]), payload[1], self._resolve_rule
+            message.rule, m.unpack(payload[0]), bytes(payload[1]), self._resolve_rule
         )
         if declared.layout.hash != message.layout_hash:
             raise ProtocolError("the layout does not match its hash")
@@ -240,9 +259,17 @@ class Hub:
             return
         if self._job is None:
             self._job = self._open_job(declared)
+            self._courier = Courier(
+                self._job,
+                self._roster,
+                self._router,
+                budget=self.settings.hub_buffer_bytes,
+                in_step=self.settings.mode == "bsp" and self.settings.quorum == 1,
+            )
         self._job.check_same(declared, f"rank {peer.rank}")
         if not peer.declared:  # else it asks again, because the answer came too late for it
             self._attach(self._job, peer, declared)
+        self._equip(self._job, peer, shared=message.shared)
         self._entering = [entry for entry in self._entering if entry[0] is not peer]
         self._entering.append((peer, message.seq))
         self._let_in(self._job)
@@ -272,9 +299,23 @@ class Hub:
         job.control.beat(time.monotonic_ns())
         return job
 
+    def _equip(self, job: Job, peer: Peer, *, shared: bool) -> None:
+        """Slots in memory that both see, or else room for what has to be remembered of it."""
+        if shared and peer.pidfd >= 0:
+            if peer.slots is None:
+                nbytes = job.layout.arena_bytes * (2 if self._keeps_base else 1)
+                peer.slots = Segment.create(f"slots-{peer.rank}", nbytes)
+            return
+        if peer.slots is not None:  # it could not map what it was offered
+            peer.slots.close()
+            peer.slots = None
+        if self._keeps_base and peer.base is None:
+            peer.base = private_floats(job.layout.arena_bytes // 4, "weights of a worker").view(
+                np.uint8
+            )
+
     def _attach(self, job: Job, peer: Peer, declared: Declaration) -> None:
-        nbytes = job.layout.arena_bytes * (2 if self._keeps_base else 1)
-        peer.slots = Segment.create(f"slots-{peer.rank}", nbytes)
+        peer.declared = True
         peer.hypers = declared.hypers
         self._roster.members.declared(peer.rank)
         if self._replace_by.pop(peer.rank, None) is not None:
@@ -288,7 +329,7 @@ class Hub:
         """
         waiting, self._entering = self._entering, []
         for peer, seq in waiting:
-            if not self._roster.holds(peer) or peer.slots is None:
+            if not self._roster.holds(peer):
                 continue  # it died while it waited
             if self._roster.formed and not job.engine.closed_before(peer.first_round):
                 self._entering.append((peer, seq))
@@ -298,9 +339,9 @@ class Hub:
                 peer,
                 m.Attach(
                     seq=seq,
-                    control=_at(job.control.segment),
-                    weights=_at(job.store.weights),
-                    slots=_at(peer.slots),
+                    control=_at(job.control.segment) if peer.slots else None,
+                    weights=_at(job.store.weights) if peer.slots else None,
+                    slots=_at(peer.slots) if peer.slots else None,
                     first_round=peer.first_round,
                     formed=self._roster.formed,
                 ),
@@ -308,34 +349,49 @@ class Hub:
 
     # --- rounds -------------------------------------------------------------------------------
 
-    def _on_push(self, peer: Peer, push: m.Push, payload: Sequence[bytes]) -> None:
+    def _on_push(self, peer: Peer, push: m.Push, payload: Sequence[Frame]) -> None:
         job = self._declared(peer)
         if not self._roster.formed:
             raise Refused("not_formed", "a push before the initial weights were published")
+        payload, inline = payload[: push.hypers + push.absent], payload[push.hypers + push.absent :]
         self._check_push(job, peer, push, payload)
         absent = _array(payload[-1], np.uint32).tolist() if push.absent else ()
         if push.hypers:
-            peer.hypers = job.new_hypers(payload[0])
-        assert peer.slots is not None
+            peer.hypers = job.new_hypers(bytes(payload[0]))
         assert peer.hypers is not None
+        slots, base = peer.slots, 0
+        if self._keeps_base:
+            base = slots.address + job.layout.arena_bytes if slots else peer.base_address
         pushed = Pushed(
             rank=peer.rank,
             session=peer.session,
             round=push.round,
             seq=push.seq,
-            slots=peer.slots.bytes,
-            slots_address=peer.slots.address,
-            base_offset=job.layout.arena_bytes if self._keeps_base else 0,
+            slots=slots.bytes if slots else None,
+            slots_address=slots.address if slots else 0,
+            base_address=base,
             samples=push.samples,
             grad_scale=push.grad_scale,
             finite=push.finite,
             hold=push.hold,
             absent=frozenset(absent),
             hypers=peer.hypers,
+            remote=slots is None,
         )
-        job.engine.push(pushed, push.buckets, push.bases)
+        if slots is None:
+            self._remote(peer).push(peer, pushed, push, inline)
+        elif inline:
+            raise ProtocolError("a push with a payload, from a worker that shares its memory")
+        else:
+            job.engine.push(pushed, push.buckets, push.bases)
 
-    def _check_push(self, job: Job, peer: Peer, push: m.Push, payload: Sequence[bytes]) -> None:
+    def _remote(self, peer: Peer) -> Courier:
+        self._declared(peer)
+        if peer.slots is not None or self._courier is None:
+            raise ProtocolError(f"rank {peer.rank} shares the hub's memory: it sends no payload")
+        return self._courier
+
+    def _check_push(self, job: Job, peer: Peer, push: m.Push, payload: Sequence[Frame]) -> None:
         if len(payload) != push.hypers + push.absent or len(push.buckets) != len(push.bases):
             raise ProtocolError("a push whose frames do not match its header")
         if push.absent and len(payload[-1]) > 4 * len(job.layout.params):
@@ -346,7 +402,9 @@ class Hub:
         if len(set(push.buckets)) != len(push.buckets):
             raise ProtocolError("a push names a bucket twice")
         for bucket in push.buckets:
-            if job.engine.slot_busy(peer.session, bucket):
+            assert self._courier is not None
+            open_ = self._courier.is_open(peer.session, bucket)
+            if open_ or job.engine.slot_busy(peer.session, bucket):
                 raise Refused("slot_busy", f"bucket {bucket} was pushed again before it was taken")
 
     def _collect(self, what: str, peer: Peer, seq: int) -> None:
@@ -383,17 +441,23 @@ class Hub:
             data = store.read_state(read.field, read.index)
         elif read.what == "weights":
             data = store.read_master(read.index)
+        elif read.what == "extra":
+            data = store.read_extra(read.index)
         else:
             data = store.read_foreign(read.index)
         step = self.settings.bucket_bytes  # no frame is larger than what a socket accepts
         chunks = [data[at : at + step] for at in range(0, len(data), step)]
         self._reply(peer, m.Ok(seq=read.seq), *chunks)
 
-    def _on_write(self, peer: Peer, write: m.Write, payload: Sequence[bytes]) -> None:
+    def _on_write(self, peer: Peer, write: m.Write, payload: Sequence[Frame]) -> None:
         store = self._declared(peer).store
         data = b"".join(payload)
         if write.what == "state":
             store.write_state(write.field, write.index, data)
+        elif write.what == "published":
+            store.write_published(write.index, data)
+        elif write.what == "extra":
+            store.write_extra(write.index, data)
         else:
             store.write_foreign(write.index, data)
         self._reply(peer, m.Ok(seq=write.seq))
@@ -435,6 +499,13 @@ class Hub:
         self._roster.members.bye(peer.rank)
         self._forget(peer)
 
+    def _drop_the_cut(self) -> None:
+        """Workers on other hosts are known to be gone by their connections."""
+        for connection in self._router.lost():
+            peer = self._roster.of_connection(connection)
+            if peer is not None:
+                self._lose(peer, "its connection has ended")
+
     def _look_after(self, peer: Peer) -> None:
         if self._roster.holds(peer) and readable(peer.pidfd):  # it may be another's by now
             self._lose(peer, "its process has ended")
@@ -449,9 +520,12 @@ class Hub:
         self._forget(peer, keep_waiting=formed and verdict is Verdict.WAIT)
 
     def _forget(self, peer: Peer, *, keep_waiting: bool = False) -> None:
-        self._poller.unregister(peer.pidfd)
-        del self._watches[peer.pidfd]
+        if peer.pidfd >= 0:
+            self._poller.unregister(peer.pidfd)
+            del self._watches[peer.pidfd]
         self._router.forget(peer.route)
+        if self._courier is not None:
+            self._courier.forget(peer)
         self._roster.remove(peer)
         for asked in self._collective.values():
             asked.pop(peer.rank, None)
@@ -488,14 +562,14 @@ class Hub:
             raise Refused("not_declared", f"rank {peer.rank} has not declared its parameters")
         return self._job
 
-    def _reply(self, peer: Peer, message: m.Message, *payload: bytes) -> None:
+    def _reply(self, peer: Peer, message: m.Message, *payload: Frame) -> None:
         peer.last_reply = [m.encode(message), *payload]
         self._deliver(peer, peer.last_reply)
 
     def _deliver(self, peer: Peer, frames: list[Frame]) -> None:
         if not self._router.send(peer.route, frames):
             log.warning("rank %d does not take its messages", peer.rank)
-        elif self._job is not None and peer.declared:
+        elif self._job is not None and peer.declared and peer.slots is not None:
             self._job.control.mail[peer.rank] += 1
             native.post_signal(self._job.control.signal_address)
 
@@ -515,13 +589,13 @@ def _in_range(weight: float) -> bool:
     return 1e-30 <= weight <= 1e30
 
 
-def _only(payload: Sequence[bytes]) -> bytes:
+def _only(payload: Sequence[Frame]) -> Frame:
     if len(payload) != 1:
         raise ProtocolError(f"1 payload frame expected, {len(payload)} came")
     return payload[0]
 
 
-def _array(data: bytes, dtype: type[N]) -> NDArray[N]:
+def _array(data: Frame, dtype: type[N]) -> NDArray[N]:
     if len(data) % np.dtype(dtype).itemsize:
         raise ProtocolError(f"{len(data)} bytes are no array of {np.dtype(dtype).name}")
     return np.frombuffer(data, dtype)

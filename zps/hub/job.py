@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from zps import native
 from zps.config import Settings
 from zps.core.layout import Layout
@@ -44,19 +47,23 @@ class Peer:
     rank: int
     incarnation: str
     pid: int
-    pidfd: int
-    slots: Segment | None = None
+    pidfd: int  # -1: it lives on another host
+    connection: int = -1  # how the socket's monitor names its connection
+    declared: bool = False
+    slots: Segment | None = None  # None: its gradients come in messages
+    base: NDArray[np.uint8] | None = None  # the weights it was last sent, if delays are compensated
     hypers: Hypers | None = None
     first_round: int = 0
     last_seq: int = 0
     last_reply: list[Frame] = field(default_factory=list)
 
     @property
-    def declared(self) -> bool:
-        return self.slots is not None
+    def base_address(self) -> int:
+        return 0 if self.base is None else int(self.base.ctypes.data)
 
     def close(self) -> None:
-        os.close(self.pidfd)
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
         if self.slots is not None:
             self.slots.close()  # what was pushed and not yet applied keeps its memory
 

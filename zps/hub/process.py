@@ -52,7 +52,7 @@ def run(
         home = IpcHome.claim(settings.runtime_dir, token)
         bind = home.address
     else:
-        _check_bind(bind)
+        _check_bind(bind, insecure=settings.insecure)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         router = Router(context, bind, max(2 * settings.bucket_bytes, _MIN_FRAME_BYTES))
@@ -210,14 +210,18 @@ class HubProcess:
             self._events += [json.loads(line) for line in lines]
 
 
-def _check_bind(address: str) -> None:
+def _check_bind(address: str, *, insecure: bool) -> None:
     scheme, rest = parse(address)
     host = rest.rpartition(":")[0].strip("[]")
-    if scheme == "tcp" and not _is_loopback(host):
+    if scheme != "tcp" or _is_loopback(host):
+        return
+    if not insecure:
         raise ConfigError(
-            f"{address} is not a loopback address, and this version has no encryption; "
-            "bind to 127.0.0.1, or leave --bind out"
+            f"{address} is not a loopback address, and this version has no encryption: whoever "
+            "reaches it may join, read and write the model. Bind to 127.0.0.1, leave --bind out, "
+            "or say ZPS_INSECURE=true on a network that you trust"
         )
+    log.warning("%s is open to whoever reaches it: nothing is encrypted (ZPS_INSECURE)", address)
 
 
 def _is_loopback(host: str) -> bool:

@@ -46,6 +46,14 @@ class Roster:
     def of_route(self, route: bytes) -> Peer | None:
         return self._by_route.get(route)
 
+    def of_session(self, session: int) -> Peer | None:
+        return next((peer for peer in self if peer.session == session), None)
+
+    def of_connection(self, connection: int) -> Peer | None:
+        """The remote peer behind a connection; the elder if its number was given away since."""
+        peers = (p for p in self if p.pidfd < 0 and p.connection == connection)
+        return min(peers, key=lambda peer: peer.session, default=None)
+
     def sender(self, route: bytes, message: m.Sessioned) -> Peer:
         """Whose message this is; raises Refused for strangers and for earlier lives."""
         peer = self._by_route.get(route)
@@ -65,12 +73,6 @@ class Roster:
             )
         if hello.job != self.settings.job:
             raise Refused("job", f"this hub serves job {self.settings.job!r}, not {hello.job!r}")
-        if hello.host != host_id():
-            raise Refused(
-                "other_host",
-                "the worker does not share the hub's host and PID namespace, "
-                "and this version exchanges gradients through shared memory only",
-            )
         ours = {name: getattr(self.settings, name) for name in m.SHARED_SETTINGS}
         ours["world_size"] = self.world_size if self._world_is_known else None
         for name, theirs in {**hello.settings, "world_size": hello.world_size}.items():
@@ -81,8 +83,10 @@ class Roster:
                     "set it alike on both, or on the hub alone",
                 )
 
-    def admit(self, route: bytes, hello: m.Hello) -> tuple[Peer, bool]:
+    def admit(self, route: bytes, hello: m.Hello, connection: int = -1) -> tuple[Peer, bool]:
         """The worker's peer, and whether it is new; a repeated hello gets the same again.
+
+        connection  over which it came
 
         Raises Refused, without effect, for a rank that is taken or out of range, for a process that
         is not there, and for a socket that has a worker already.
@@ -94,18 +98,16 @@ class Roster:
                     "duplicate_hello", f"this socket belongs to rank {known.rank} already"
                 )
             return known, False
-        try:
-            pidfd = os.pidfd_open(hello.pid)
-        except OSError as error:
-            raise Refused("gone", f"the hub cannot watch process {hello.pid}: {error}") from error
+        pidfd = _watch(hello)
         rank = self._free_rank() if hello.rank is None else hello.rank
         answer = self.members.hello(rank, hello.incarnation)
         if not isinstance(answer, Admitted) or answer.repeat:
-            os.close(pidfd)
+            if pidfd >= 0:
+                os.close(pidfd)
             if isinstance(answer, Admitted):
                 raise Refused("duplicate_hello", f"rank {rank} said this hello over another socket")
             raise Refused(answer.code, answer.text)
-        peer = Peer(route, answer.session, rank, hello.incarnation, hello.pid, pidfd)
+        peer = Peer(route, answer.session, rank, hello.incarnation, hello.pid, pidfd, connection)
         self._by_route[route] = self._by_rank[rank] = peer
         self._world_is_known = True
         return peer, True
@@ -135,3 +137,13 @@ class Roster:
 
     def _free_rank(self) -> int:
         return next((r for r in range(self.world_size) if r not in self._by_rank), self.world_size)
+
+
+def _watch(hello: m.Hello) -> int:
+    """A descriptor that tells when the worker's process ends; -1 for one on another host."""
+    if hello.host != host_id():
+        return -1
+    try:
+        return os.pidfd_open(hello.pid)
+    except OSError as error:
+        raise Refused("gone", f"the hub cannot watch process {hello.pid}: {error}") from error

@@ -52,15 +52,16 @@ class Pushed:
     session: int
     round: int
     seq: int
-    slots: NDArray[np.uint8]  # holding them outlives the worker
+    slots: NDArray[np.uint8] | None  # holding them outlives the worker; None: still to come
     slots_address: int
-    base_offset: int  # bytes from a slot to the weights it was computed on; 0: they are not kept
+    base_address: int  # the weights it was computed on, as the arena lies; 0: they are not kept
     samples: float
     grad_scale: float
     finite: bool
     hold: bool
     absent: frozenset[int]
     hypers: Hypers
+    remote: bool = False  # it came in messages, and is answered by one
 
 
 @dataclass(slots=True, eq=False)
@@ -198,7 +199,7 @@ class Store:
         job.coef = coef
         job.lr_factor = update.lr_factor
         job.dc_lambda = update.dc_lambda
-        job.base_ptr = job.slots[0] + first.base_offset if update.dc_lambda else 0
+        job.base_ptr = first.base_address + offset if update.dc_lambda else 0
         return job, (bucket, present)
 
     def _apply_foreign(
@@ -236,7 +237,7 @@ class Store:
         """Take what lies in the weights arena as the truth: fp32 masters follow it."""
         for index, bucket in enumerate(self.layout.buckets):
             if bucket.dtype != "float32":
-                to_float32(self._published(index), bucket.dtype, self._master(index))
+                to_float32(self.published(index), bucket.dtype, self._master(index))
 
     def read_state(self, name: str, bucket: int) -> bytes:
         """One bucket of an optimizer state, fp32."""
@@ -253,6 +254,18 @@ class Store:
         """One bucket of the fp32 master weights."""
         self._check_bucket(bucket)
         return self._master(bucket).tobytes()
+
+    def write_published(self, bucket: int, data: bytes) -> None:
+        """Replace one bucket of the weights arena; `adopt_published` makes it the truth."""
+        self._check_bucket(bucket)
+        _replace(self.published(bucket), data, f"the weights of bucket {bucket}")
+
+    def read_extra(self, index: int) -> bytes:
+        """The bytes of one extra."""
+        return self._extra(index).tobytes()
+
+    def write_extra(self, index: int, data: bytes) -> None:
+        _replace(self._extra(index), data, f"extra {index}")
 
     def read_foreign(self, param: int) -> bytes:
         """A foreign rule's state of one parameter, as the rule encodes it."""
@@ -298,14 +311,15 @@ class Store:
         count = self._masters_end - self._masters_begin
         return private_floats(count, "fp32 master weights") if count else None
 
-    def _published(self, bucket: int) -> NDArray[np.uint8]:
+    def published(self, bucket: int) -> NDArray[np.uint8]:
+        """One bucket of the weights arena."""
         spec = self.layout.buckets[bucket]
         return self.weights.bytes[spec.byte : spec.byte + spec.nbytes]
 
     def _master(self, bucket: int) -> Floats:
         spec = self.layout.buckets[bucket]
         if spec.dtype == "float32":
-            return self._published(bucket).view(np.float32)
+            return self.published(bucket).view(np.float32)
         assert self._masters is not None
         begin = spec.begin - self._masters_begin
         return self._masters[begin : begin + spec.count]
@@ -336,7 +350,7 @@ class Store:
             rule=self.rule.kernel if self.rule is not None else native.RULES["mean"].kernel,
             segments=segments,
             grad_dtype=native.DTYPE[spec.dtype],
-            weights_ptr=self._published(index).ctypes.data,
+            weights_ptr=self.published(index).ctypes.data,
             master_ptr=self._master(index).ctypes.data,
             seq_ptr=self.control.seq_address(index),
         )
@@ -367,7 +381,7 @@ class Store:
     def _publish_masters(self, bucket: int) -> None:
         dtype = self.layout.buckets[bucket].dtype
         if dtype != "float32":
-            from_float32(self._master(bucket), dtype, self._published(bucket))
+            from_float32(self._master(bucket), dtype, self.published(bucket))
 
     def _state_bucket(self, name: str, bucket: int, *, create: bool = False) -> Floats:
         self._check_bucket(bucket)
@@ -379,6 +393,12 @@ class Store:
                 raise ProtocolError(f"the optimizer state {name!r} is not in use")
             self._add_state(name)
         return self._buckets[bucket].state[name]
+
+    def _extra(self, index: int) -> NDArray[np.uint8]:
+        if not 0 <= index < len(self.layout.extras):
+            raise ProtocolError(f"no extra {index}; there are {len(self.layout.extras)}")
+        byte = self.layout.extra_bytes[index]
+        return self.weights.bytes[byte : byte + self.layout.extras[index].nbytes]
 
     def _check_bucket(self, bucket: int) -> None:
         if not 0 <= bucket < len(self.layout.buckets):
@@ -396,6 +416,12 @@ def make_hypers(
     """Check and pack what a worker sent. Raises ConfigError naming group and field."""
     packed = rule.pack(groups) if rule is not None else np.empty((len(groups), 0))
     return Hypers(tuple(groups), packed, max_grad_norm)
+
+
+def _replace(target: NDArray[np.uint8], data: bytes, what: str) -> None:
+    if len(data) != target.nbytes:
+        raise ProtocolError(f"{what}: {len(data)} bytes came, {target.nbytes} expected")
+    target[:] = np.frombuffer(data, np.uint8)
 
 
 def _foreign_groups(update: Update, lr_factor: float) -> list[dict[str, Any]]:

@@ -74,6 +74,7 @@ class Declare(Sessioned):
     tag: ClassVar[str] = "declare"
     layout_hash: Name
     rule: Name
+    shared: bool = True  # this worker can map the hub's memory
 
 
 class Publish(Sessioned):
@@ -85,7 +86,8 @@ class Publish(Sessioned):
 class Push(Sessioned):
     """Buckets of one round, ready in the sender's slots.
 
-    Payload, each present when its flag says so: hyperparameters; indices of absent parameters.
+    Payload, each present when its flag says so: hyperparameters; indices of absent parameters; one
+    frame for each bucket. Without `inline`, a hub that cannot see the slots asks with FETCH.
     """
 
     tag: ClassVar[str] = "push"
@@ -98,22 +100,41 @@ class Push(Sessioned):
     hold: bool  # apply nothing of this round before all of it is known to be finite
     hypers: bool
     absent: bool
+    inline: bool = False
+
+
+class Data(Sessioned):
+    """Answer to a FETCH. Payload: one bucket of the push `push`, in one frame or several."""
+
+    tag: ClassVar[str] = "data"
+    push: Seq
+    bucket: U32
+
+
+class Pull(Sessioned):
+    """Ask for the weights of buckets: a WEIGHTS for each, then OK."""
+
+    tag: ClassVar[str] = "pull"
+    buckets: list[U32]
 
 
 class Read(Sessioned):
     """Ask for the bytes of a state of one bucket, or of a rule's own state of one parameter."""
 
     tag: ClassVar[str] = "read"
-    what: Literal["state", "weights", "foreign"]
+    what: Literal["state", "weights", "foreign", "extra"]
     field: Name
     index: U32
 
 
 class Write(Sessioned):
-    """Payload: the bytes that replace what `Read` would return; `steps` as after loading."""
+    """Payload: the bytes that replace what `Read` would return.
+
+    `published` and `extra` are bytes of the weights arena, which count from the next PUBLISH on.
+    """
 
     tag: ClassVar[str] = "write"
-    what: Literal["state", "foreign"]
+    what: Literal["state", "foreign", "published", "extra"]
     field: Name
     index: U32
 
@@ -160,13 +181,16 @@ class Welcome(Message):
 
 
 class Attach(Message):
-    """The layout is accepted: where weights, slots and control lie, and the first round."""
+    """The layout is accepted: where weights, slots and control lie, and the first round.
+
+    Without memory to share the worker keeps its own, and everything travels in messages.
+    """
 
     tag: ClassVar[str] = "attach"
     seq: Seq
-    control: SegmentAt
-    weights: SegmentAt
-    slots: SegmentAt
+    control: SegmentAt | None
+    weights: SegmentAt | None
+    slots: SegmentAt | None
     first_round: U64
     formed: bool  # the job runs already: take its weights instead of publishing
 
@@ -176,6 +200,28 @@ class Ok(Message):
 
     tag: ClassVar[str] = "ok"
     seq: Seq
+
+
+class Fetch(Message):
+    """The hub has room for these buckets of the push `push`: answer each with DATA."""
+
+    tag: ClassVar[str] = "fetch"
+    push: Seq
+    buckets: list[U32]
+
+
+class Weights(Message):
+    """A bucket as it is now, to those who pushed it or asked for it.
+
+    Payload: int64 step counts of its pieces, then its bytes in one frame or several.
+    """
+
+    tag: ClassVar[str] = "weights"
+    bucket: U32
+    version: U64
+    closed: U64  # 1 + the highest round of the bucket that has closed
+    push: Seq | None  # the push that has been consumed by this; None: only asked for
+    outcome: U32
 
 
 class Refuse(Message):
@@ -197,8 +243,8 @@ class Closing(Message):
 _MODELS: dict[str, type[Message]] = {
     model.tag: model
     for model in (
-        *(Hello, Declare, Publish, Push, Read, Write, SetSteps, Barrier, Stats, Bye),
-        *(Welcome, Attach, Ok, Refuse, Closing),
+        *(Hello, Declare, Publish, Push, Data, Pull, Read, Write, SetSteps, Barrier, Stats, Bye),
+        *(Welcome, Attach, Ok, Fetch, Weights, Refuse, Closing),
     )
 }
 

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
-from zps.errors import HubError, HubUnreachable, ProtocolError
+from zps.errors import HubError, HubUnreachable
 
 HWM = 16
 ZERO_COPY_BYTES = 64 << 10  # below it the tracker of a zero-copy send costs more than the copy
@@ -53,15 +54,34 @@ class Router:
         except zmq.ZMQError as error:
             self.socket.close()
             raise HubError(f"cannot listen at {address}: {error.strerror}") from None
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._header: zmq.Frame | None = None
         self._queues: dict[bytes, deque[list[Frame]]] = {}
         self._queued_bytes: dict[bytes, int] = {}
 
-    def receive(self) -> list[bytes] | None:
-        """One message as [peer, header, payload...], or None when there is none."""
+    def receive(self) -> list[Frame] | None:
+        """One message as [peer, header, payload...], or None when there is none.
+
+        Large payload frames are read where they lie.
+        """
         try:
-            return self.socket.recv_multipart(zmq.NOBLOCK)
+            peer = self.socket.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
+        frames: list[Frame] = [peer]
+        if self.socket.getsockopt(zmq.RCVMORE):
+            self._header = self.socket.recv(copy=False)
+            frames += [self._header.bytes, *_payload(self.socket, self._header.more)]
+        return frames
+
+    def connection(self) -> int:
+        """The descriptor of the connection over which the last message came."""
+        assert self._header is not None
+        return int(self._header.get(zmq.SRCFD))
+
+    def lost(self) -> list[int]:
+        """The descriptors of connections that have ended since the last call."""
+        return _ended(self.monitor)
 
     def send(self, peer: bytes, frames: Sequence[Frame]) -> bool:
         """Send now or queue; False when the peer is gone or has stopped reading."""
@@ -99,16 +119,22 @@ class Router:
     def backlog(self) -> bool:
         return bool(self._queues)
 
+    def is_clear(self, peer: bytes) -> bool:
+        """Whether nothing waits for room on its way to `peer`."""
+        return peer not in self._queues
+
     def forget(self, peer: bytes) -> None:
         self._queues.pop(peer, None)
         self._queued_bytes.pop(peer, None)
 
     def close(self) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close()
         self.socket.close(linger=200)  # the last refusals may leave
 
     def _try_send(self, peer: bytes, frames: Sequence[Frame]) -> bool | None:
         try:
-            self.socket.send_multipart([peer, *frames], zmq.NOBLOCK, copy=True)
+            _send(self.socket, (peer, *frames), zmq.NOBLOCK)
         except zmq.Again:
             return None
         except zmq.ZMQError as error:
@@ -126,6 +152,7 @@ class Dealer:
         _common(self.socket, max_bytes)
         self.socket.setsockopt(zmq.IMMEDIATE, 1)
         self.socket.setsockopt(zmq.ROUTING_ID, b"w" + os.urandom(15))
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.socket.connect(address)
         self.address = address
 
@@ -141,25 +168,51 @@ class Dealer:
     def try_send(self, frames: Sequence[Frame]) -> bool:
         """Send now; False when the hub takes nothing at present."""
         try:
-            if len(frames) == 1:
-                self.socket.send(frames[0], zmq.NOBLOCK)
-            else:
-                self.socket.send_multipart(frames, zmq.NOBLOCK, copy=True)
+            _send(self.socket, frames, zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True
 
-    def receive(self, timeout_s: float) -> list[bytes] | None:
+    def receive(self, timeout_s: float) -> list[Frame] | None:
         """One message as [header, payload...], or None after `timeout_s` seconds."""
         if not self.socket.poll(int(timeout_s * 1000), zmq.POLLIN):
             return None
-        frames = self.socket.recv_multipart()
-        if not frames:
-            raise ProtocolError("an empty message came from the hub")
-        return frames
+        header = self.socket.recv()
+        return [header, *_payload(self.socket, bool(self.socket.getsockopt(zmq.RCVMORE)))]
+
+    def is_cut(self) -> bool:
+        """Whether the connection has ended since the last call."""
+        return bool(_ended(self.monitor))
 
     def close(self) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close()
         self.socket.close(linger=200)  # the goodbye may leave, a dead hub does not hold us
+
+
+def _send(socket: zmq.Socket[bytes], frames: Sequence[Frame], flags: int) -> None:
+    """Large frames are not copied: their memory must not change before they have left."""
+    last = len(frames) - 1
+    for i, frame in enumerate(frames):
+        more = zmq.SNDMORE if i < last else 0
+        socket.send(frame, flags | more, copy=len(frame) < ZERO_COPY_BYTES)
+
+
+def _payload(socket: zmq.Socket[bytes], more: bool) -> list[Frame]:
+    frames: list[Frame] = []
+    while more:
+        part = socket.recv(copy=False)
+        # A small one lies in a buffer that many share, and would keep all of it alive.
+        frames.append(part.buffer if len(part) >= ZERO_COPY_BYTES else part.bytes)
+        more = part.more
+    return frames
+
+
+def _ended(monitor: zmq.Socket[bytes]) -> list[int]:
+    found = []
+    while monitor.poll(0):
+        found.append(int(recv_monitor_message(monitor, zmq.NOBLOCK)["value"]))
+    return found
 
 
 def _common(socket: zmq.Socket[bytes], max_bytes: int) -> None:

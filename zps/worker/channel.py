@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -10,11 +11,15 @@ from numpy.typing import NDArray
 
 from zps.config import Settings
 from zps.core.layout import Layout, Param
+from zps.errors import ConfigError, ProtocolError
 from zps.wire import messages as m
 from zps.worker.link import Link, PushInfo
+from zps.worker.message_link import MessageLink
 from zps.worker.session import Session
 from zps.worker.shm_link import ShmLink
 from zps.worker.work import Part
+
+log = logging.getLogger("zps")
 
 _EVERY = slice(None)
 
@@ -43,13 +48,8 @@ class Channel:
         self.session = session
         self.layout = layout
         self._settings = settings
-        with session.sequenced() as seq:
-            declare = m.Declare(**session.header(seq), layout_hash=layout.hash, rule=rule)
-            answer, _ = session.request(declare, m.pack(layout.to_wire()), hypers)
-        assert isinstance(answer, m.Attach)
-        session.received = 1
-        self.aliased = aliased
-        self.link: Link = ShmLink(session, layout, answer, aliased=aliased)
+        self.link = _connect(session, settings, layout, rule, hypers, aliased=aliased)
+        self.aliased = aliased or self.link.private
         session.last_words = self.link.last_words
         count = len(layout.buckets)
         self._next_round = np.full(count, self.link.first_round, np.int64)
@@ -108,6 +108,11 @@ class Channel:
             spec = self.layout.buckets[bucket]
             self.link.pull(int(bucket), self._replica[spec.byte : spec.byte + spec.nbytes])
 
+    def fetch(self, buckets: Sequence[int] | NDArray[np.uint32]) -> None:
+        """Have the hub's weights of `buckets` here, whatever it takes."""
+        self.link.fetch([int(bucket) for bucket in buckets])
+        self.refresh(buckets)
+
     def close(self) -> None:
         """Let go of the memory; the session is the caller's."""
         self.slots, self.weights = [], []
@@ -124,6 +129,44 @@ class Channel:
 
     def _tensor(self, arena: NDArray[np.uint8], index: int) -> torch.Tensor:
         return _tensor(arena, self.layout.param_byte(index), self.layout.params[index])
+
+
+def _connect(
+    session: Session, settings: Settings, layout: Layout, rule: str, hypers: bytes, *, aliased: bool
+) -> Link:
+    """Shared memory where both sides can and may, messages otherwise."""
+    if settings.link != "message" and session.same_host:
+        attach = _declare(session, layout, rule, hypers, shared=True)
+        session.received = 1
+        try:
+            return ShmLink(session, layout, attach, aliased=aliased)
+        except ProtocolError as error:
+            if settings.link == "shm":
+                raise
+            log.warning("rank %d uses messages instead of shared memory: %s", session.rank, error)
+    elif settings.link == "shm":
+        raise ConfigError(
+            f"ZPS_LINK=shm, but the hub at {session.address} is on another host, or in another "
+            "PID namespace; set ZPS_LINK=auto"
+        )
+    return MessageLink(session, layout, _declare(session, layout, rule, hypers, shared=False))
+
+
+def _declare(
+    session: Session, layout: Layout, rule: str, hypers: bytes, *, shared: bool
+) -> m.Attach:
+    with session.sequenced() as seq:
+        declare = m.Declare(
+            epoch=session.welcome.epoch,
+            session=session.welcome.session,
+            seq=seq,
+            layout_hash=layout.hash,
+            rule=rule,
+            shared=shared,
+        )
+        answer, _ = session.request(declare, m.pack(layout.to_wire()), hypers)
+    assert isinstance(answer, m.Attach)
+    return answer
 
 
 def _tensor(arena: NDArray[np.uint8], byte: int, param: Param) -> torch.Tensor:

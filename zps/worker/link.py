@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +47,8 @@ class Link(Protocol):
     """The first round this worker takes part in."""
     formed: bool
     """Whether the job was running already when this worker came."""
+    private: bool
+    """Whether `weights` are this worker's own, and change only while it waits or fetches."""
 
     @property
     def weights(self) -> NDArray[np.uint8]:
@@ -87,6 +90,18 @@ class Link(Protocol):
 
     def outcomes(self, buckets: NDArray[np.uint32]) -> tuple[Outcome, ...]:
         """What became of the last push of each of `buckets` that was consumed."""
+        ...
+
+    def fetch(self, buckets: Sequence[int]) -> None:
+        """Bring private weights of `buckets` up to date; nothing to do where they are shared."""
+        ...
+
+    def upload(self) -> None:
+        """Make the weights and extras as they lie here the hub's, for the next PUBLISH."""
+        ...
+
+    def download(self) -> None:
+        """Take over the hub's weights and extras after a PUBLISH."""
         ...
 
     def pull(self, bucket: int, out: NDArray[np.uint8]) -> int:

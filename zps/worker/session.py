@@ -30,7 +30,7 @@ from zps.errors import (
 from zps.wire import messages as m
 from zps.wire.address import home_of, parse, sweep_home
 from zps.wire.messages import SHARED_SETTINGS
-from zps.wire.sockets import Dealer, host_id, readable
+from zps.wire.sockets import Dealer, Frame, host_id, readable
 
 _WHY_S = 0.5
 _MAX_FRAME_BYTES = 1 << 40  # a worker trusts the size of what its own hub sends
@@ -57,6 +57,7 @@ class Session:
         self.received = 0  # messages since the declaration was answered, that one included
         self._given_up = 0  # the count at which one of them did not come
         self.last_words: Callable[[], str] = str  # where the hub leaves the reason for its end
+        self.on_payload: Callable[[m.Fetch | m.Weights, list[Frame]], None] = _unexpected
         self._pid = os.getpid()
         self._closed = ""
         self._lock = threading.RLock()
@@ -104,6 +105,11 @@ class Session:
                 raise HubLost(f"the hub at {self.address} ended during the handshake") from error
         return answer
 
+    @property
+    def same_host(self) -> bool:
+        """Whether the hub's processes and memory can be reached from here."""
+        return self._pidfd >= 0
+
     # --- requests -----------------------------------------------------------------------------
 
     @contextmanager
@@ -118,7 +124,7 @@ class Session:
         """The fields that every message of this session begins with."""
         return {"epoch": self.welcome.epoch, "session": self.welcome.session, "seq": seq}
 
-    def send(self, message: m.Sessioned, *payload: bytes) -> None:
+    def send(self, message: m.Sessioned, *payload: Frame) -> None:
         """Send without waiting for an answer; raises HubLost when the hub takes nothing."""
         frames = [m.encode(message), *payload]
         with self._lock:
@@ -131,8 +137,8 @@ class Session:
                     raise HubLost(f"the hub at {self.address} took no message for {waited:.0f} s")
 
     def request(
-        self, message: m.Sessioned, *payload: bytes, timeout_s: float | None = None
-    ) -> tuple[m.Message, list[bytes]]:
+        self, message: m.Sessioned, *payload: Frame, timeout_s: float | None = None
+    ) -> tuple[m.Message, list[Frame]]:
         """Send and wait for the answer; raises what a refusal stands for, HubLost, WaitTimeout."""
         timeout_s = self.settings.timeout_s if timeout_s is None else timeout_s
         with self._lock:
@@ -143,7 +149,21 @@ class Session:
                 raise WaitTimeout(text + self.who_is_missing())
             return answer
 
-    def _answer_to(self, seq: int, timeout_s: float) -> tuple[m.Message, list[bytes]] | None:
+    def take(self, timeout_s: float) -> bool:
+        """Take one message that is no answer, and act on it; False when none has come in time.
+
+        Raises what a refusal stands for, and HubLost.
+        """
+        with self._lock:
+            self.check_usable()
+            frames = self._receive(timeout_s)
+            if frames is None:
+                self.check_alive()
+                return False
+            self._judge(frames)
+            return True
+
+    def _answer_to(self, seq: int, timeout_s: float) -> tuple[m.Message, list[Frame]] | None:
         deadline = time.monotonic() + timeout_s
         while True:
             frames = self._receive(min(0.1, max(0.0, deadline - time.monotonic())))
@@ -153,6 +173,8 @@ class Session:
                     return None
                 continue
             answer = self._judge(frames)
+            if isinstance(answer, m.Fetch | m.Weights):
+                deadline = max(deadline, time.monotonic() + timeout_s)  # it moves on
             if getattr(answer, "seq", None) == seq:
                 return answer, frames[1:]
 
@@ -170,22 +192,26 @@ class Session:
                     return
                 self._judge(frames)
 
-    def _receive(self, timeout_s: float) -> list[bytes] | None:
+    def _receive(self, timeout_s: float) -> list[Frame] | None:
         """A message; waits no longer once the hub's process has ended."""
         poller = zmq.Poller()
         poller.register(self._dealer.socket, zmq.POLLIN)
         if self._pidfd >= 0:
             poller.register(self._pidfd, zmq.POLLIN)
+        else:
+            poller.register(self._dealer.monitor, zmq.POLLIN)
         ready = dict(poller.poll(int(timeout_s * 1000)))
-        if self._dealer.socket not in ready and self._pidfd not in ready:
+        if not ready:
             return None
         frames = self._dealer.receive(0.05)  # what a dying hub said last may still be on its way
         if frames is not None:
             self.received += 1
         return frames
 
-    def _judge(self, frames: list[bytes]) -> m.Message:
+    def _judge(self, frames: list[Frame]) -> m.Message:
         answer = m.decode(frames[0])
+        if isinstance(answer, m.Fetch | m.Weights):
+            self.on_payload(answer, frames[1:])
         if isinstance(answer, m.Refuse):
             raise refusal(answer)
         if isinstance(answer, m.Closing):
@@ -212,16 +238,27 @@ class Session:
 
     def check_alive(self, patience_s: float = 0.0) -> None:
         """Raise HubLost when the hub's process has ended, or does so within `patience_s`."""
-        if self._pidfd >= 0 and readable(self._pidfd, patience_s):
+        if self._pidfd < 0:
             with self._lock:
-                while (frames := self._dealer.receive(0.05)) is not None:
-                    self._judge(frames)
+                if not self._dealer.is_cut():
+                    return
+                self._hear_out()
+            self._closed = f"the connection to the hub at {self.address} has ended"
+            raise HubLost(f"{self._closed}. If the hub lives, it has given this worker up.")
+        if readable(self._pidfd, patience_s):
+            with self._lock:
+                self._hear_out()
             home = home_of(self.address)
             if home is not None:
                 sweep_home(home)  # a killed hub cannot do it itself
             why = self.last_words() or "its log says why"
             self._closed = f"the hub (process {self.welcome.pid}) has ended: {why}"
             raise HubLost(f"{self._closed}. Start it again and resume from a checkpoint of yours.")
+
+    def _hear_out(self) -> None:
+        """Take what the hub said last; raises it, if it was the reason for its end."""
+        while (frames := self._dealer.receive(0.05)) is not None:
+            self._judge(frames)
 
     def who_is_missing(self) -> str:
         """For messages: whom the hub waits for, as far as it can still say."""
@@ -251,6 +288,10 @@ class Session:
             if self._pidfd >= 0:
                 os.close(self._pidfd)
                 self._pidfd = -1
+
+
+def _unexpected(message: m.Message, _: list[Frame]) -> None:
+    raise ProtocolError(f"the hub sent {message.tag} to a worker that shares its memory")
 
 
 def refusal(message: m.Refuse) -> ZpsError:

@@ -4,6 +4,7 @@ but small control messages, and waiting is a futex."""
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +27,18 @@ _ENDING_S = 0.5
 
 
 class ShmLink:
-    """See `Link`."""
+    """See `Link`. Raises ProtocolError when the hub's memory cannot be mapped here."""
+
+    private = False
 
     def __init__(self, session: Session, layout: Layout, attach: m.Attach, *, aliased: bool):
         self._session = session
         self._layout = layout
         self.first_round = attach.first_round
         self.formed = attach.formed
+        assert attach.control is not None
+        assert attach.weights is not None
+        assert attach.slots is not None
         try:
             control = _attach(attach.control, writable=False)
             self._weights = _attach(attach.weights, writable=True)
@@ -125,6 +131,15 @@ class ShmLink:
 
     def outcomes(self, buckets: NDArray[np.uint32]) -> tuple[Outcome, ...]:
         return outcomes_of(self._done_words[buckets])
+
+    def fetch(self, buckets: Sequence[int]) -> None:
+        pass
+
+    def upload(self) -> None:
+        pass
+
+    def download(self) -> None:
+        pass
 
     def pull(self, bucket: int, out: NDArray[np.uint8]) -> int:
         spec, control = self._layout.buckets[bucket], self._control

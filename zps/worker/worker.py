@@ -136,9 +136,11 @@ class Worker:
             aliased=self._may_alias,
         )
         self._published = self.joined_late
-        if not self._published:
+        if self._published:
+            self._channel.link.download()
+            self.refresh()
+        else:
             self.publish(tensors, extras)
-        self.refresh()
 
     def publish(
         self,
@@ -170,8 +172,10 @@ class Worker:
                     arena.copy_(value.detach())
             for name, value in (extras or {}).items():
                 self.extra(name).copy_(value.detach())
+            channel.link.upload()
         self._collective(m.Publish)
         self._published = True
+        channel.link.download()
         self.refresh()
 
     # --- exchanging ---------------------------------------------------------------------------
@@ -217,7 +221,7 @@ class Worker:
         """Bring `weights` up to date. Done when this returns; `wait` is there for symmetry."""
         layout = self.layout
         wanted = layout.index if names is None else (names,) if isinstance(names, str) else names
-        self.refresh(self._buckets_of(tuple(wanted)))
+        self._declared().fetch(self._buckets_of(tuple(wanted)))
         return Work((), default_timeout_s=self.settings.timeout_s).wait()
 
     def push_pull(self, what: What, *, samples: float = 1.0) -> Work:
@@ -230,7 +234,7 @@ class Worker:
 
         def bring() -> None:
             names = tensors or ([what] if isinstance(what, str) else list(what))
-            self.pull(names)
+            self.refresh(self._buckets_of(tuple(names)))
             for name, tensor in tensors.items():
                 tensor.detach().copy_(self.weights(name))
 

@@ -1,0 +1,139 @@
+"""Which announced gradients a hub asks for, so that what it holds stays within a budget.
+
+A worker that shares no memory with its hub announces a push, and sends a bucket's bytes when the
+hub asks. `Intake` is told what was announced, what arrived and what has been consumed, and answers
+what to ask for next:
+
+    intake.announce(rank=1, round=7, bucket=0, nbytes=4 << 20)
+    for ask in intake.next(rounds.would_close):
+        ...                                     # send a FETCH for ask.rank, ask.round, ask.bucket
+
+Asking is in the order of rounds and buckets, within the budget. A bucket that enough ranks have
+announced can be applied as soon as its bytes are here: one such bucket is asked for even over the
+budget, so that no order of announcements can bring the job to a halt. What is held is therefore at
+most the budget and one bucket of each rank.
+
+This is the rendezvous of message passing, with the receiver in charge of its memory.
+Source: Gropp and Lusk, A High-Performance MPI Implementation on a Shared-Memory Vector
+Supercomputer, section 3 (eager and rendezvous protocols).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+__all__ = ["Ask", "Intake"]
+
+Key = tuple[int, int]  # (round, bucket)
+WouldClose = Callable[[int, int, Collection[int]], bool]
+"""(round, bucket, ranks) -> whether the gradients of these ranks would complete the bucket."""
+
+
+class Ask(NamedTuple):
+    """Ask `rank` for its gradient of `bucket` in `round`."""
+
+    rank: int
+    round: int
+    bucket: int
+
+
+class Intake:
+    """The announced gradients of one hub that have not been consumed.
+
+    budget  bytes that may be asked for or held at a time, beyond which only one bucket that can be
+            completed is asked for
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.held_bytes = 0
+        """Bytes asked for and not yet consumed."""
+        self._order: list[Key] = []  # the keys of _waiting, ascending
+        self._waiting: dict[Key, dict[int, int]] = {}  # rank -> bytes: announced
+        self._asked: dict[Key, dict[int, int]] = {}  # asked for, and still on their way
+        self._here: dict[Key, dict[int, int]] = {}  # arrived, and not consumed
+        self._over: Key | None = None  # the bucket that was asked for over the budget
+
+    def announce(self, rank: int, round: int, bucket: int, nbytes: int) -> None:
+        """`rank` has a gradient of `nbytes` bytes ready."""
+        key = (round, bucket)
+        if key not in self._waiting:
+            self._waiting[key] = {}
+            bisect.insort(self._order, key)
+        self._waiting[key][rank] = nbytes
+
+    def next(self, would_close: WouldClose) -> list[Ask]:
+        """What to ask for now; it counts as held from here on."""
+        asks: list[Ask] = []
+        if self._over not in self._asked and self._over not in self._here:
+            self._over = None
+        for key in list(self._order):
+            if self._over is None and would_close(*key, self._ranks(key)):
+                self._over = key
+            if not self._ask_for(key, asks) and self._over is not None:
+                break  # the budget is used up, and its one exception too
+        return asks
+
+    def arrived(self, rank: int, round: int, bucket: int) -> bool:
+        """What was asked for has come; False if it was not asked for."""
+        nbytes = _take(self._asked, (round, bucket), rank)
+        if nbytes is None:
+            return False
+        self._here.setdefault((round, bucket), {})[rank] = nbytes
+        return True
+
+    def consumed(self, rank: int, round: int, bucket: int) -> None:
+        """Its bytes are not held any more. Nothing happens for what has not arrived."""
+        self.held_bytes -= _take(self._here, (round, bucket), rank) or 0
+
+    def knows(self, rank: int, round: int, bucket: int) -> bool:
+        """Whether this gradient was announced, and has not been consumed."""
+        key = (round, bucket)
+        return any(rank in stage.get(key, ()) for stage in self._stages)
+
+    def forget(self, rank: int) -> None:
+        """`rank` has gone: nothing more comes from it, and what has come is not counted any more.
+
+        Whoever takes its place begins with nothing.
+        """
+        for key in [key for key, ranks in self._waiting.items() if rank in ranks]:
+            self._unwait(key, rank)
+        for stage in (self._asked, self._here):
+            for key in [key for key, ranks in stage.items() if rank in ranks]:
+                self.held_bytes -= _take(stage, key, rank) or 0
+
+    @property
+    def _stages(self) -> tuple[dict[Key, dict[int, int]], ...]:
+        return self._waiting, self._asked, self._here
+
+    def _ask_for(self, key: Key, asks: list[Ask]) -> bool:
+        """Ask for what there is room for; whether that was all of it."""
+        for rank, nbytes in sorted(self._waiting[key].items()):
+            if key != self._over and self.held_bytes + nbytes > self.budget:
+                return False
+            self._unwait(key, rank)
+            self._asked.setdefault(key, {})[rank] = nbytes
+            self.held_bytes += nbytes
+            asks.append(Ask(rank, *key))
+        return True
+
+    def _ranks(self, key: Key) -> set[int]:
+        return {rank for stage in self._stages for rank in stage.get(key, ())}
+
+    def _unwait(self, key: Key, rank: int) -> None:
+        _take(self._waiting, key, rank)
+        if key not in self._waiting:
+            del self._order[bisect.bisect_left(self._order, key)]
+
+
+def _take(stage: dict[Key, dict[int, int]], key: Key, rank: int) -> int | None:
+    """Remove and return an entry; None if there is none."""
+    ranks = stage.get(key)
+    if ranks is None or rank not in ranks:
+        return None
+    nbytes = ranks.pop(rank)
+    if not ranks:
+        del stage[key]
+    return nbytes

@@ -1,0 +1,212 @@
+"""Gradients and weights of workers that share no memory with the hub: all of it in messages.
+
+A push is announced by its header. The bytes of a bucket come with it when they are few; otherwise
+the hub asks for them when it has room (`core.intake`), reads them where they arrived, and answers
+each consumed bucket with its new weights.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zps.core.intake import Intake
+from zps.errors import ProtocolError
+from zps.hub.job import Job, Peer
+from zps.hub.roster import Roster
+from zps.hub.store import Pushed
+from zps.memory.control import Outcome
+from zps.wire import messages as m
+from zps.wire.sockets import Frame, Router
+
+_ALIGN_BYTES = 64
+
+
+@dataclass(slots=True, eq=False)
+class _Announced:
+    """One push of a peer; `bases` are the versions its buckets were computed on."""
+
+    peer: Peer
+    pushed: Pushed
+    bases: dict[int, int]
+
+
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """A bucket to be sent to one peer: because of a push, or because it asked (push is None)."""
+
+    bucket: int
+    push: int | None
+    outcome: Outcome = Outcome.APPLIED
+
+
+class Courier:
+    """What travels between one job and its remote workers."""
+
+    def __init__(self, job: Job, roster: Roster, router: Router, *, budget: int, in_step: bool):
+        """
+        budget   bytes of gradients to hold at a time
+        in_step  a bucket does not change before every worker has had its weights
+        """
+        self._job = job
+        self._roster = roster
+        self._router = router
+        self._in_step = in_step
+        self._intake = Intake(budget)
+        self._open: dict[tuple[int, int], _Announced] = {}  # by (session, bucket)
+        self._outbox: defaultdict[int, deque[_Answer | m.Message]] = defaultdict(deque)
+
+    # --- from workers -------------------------------------------------------------------------
+
+    def is_open(self, session: int, bucket: int) -> bool:
+        """Whether a push of this bucket has not been answered yet."""
+        return (session, bucket) in self._open
+
+    def push(self, peer: Peer, pushed: Pushed, push: m.Push, payload: Sequence[Frame]) -> None:
+        """Take a push that has passed the hub's checks; `payload` are its buckets if it has them.
+
+        Raises ProtocolError, without effect, when they are not what the layout says.
+        """
+        if push.inline and len(payload) != len(push.buckets):
+            raise ProtocolError(f"{len(payload)} payloads for {len(push.buckets)} buckets")
+        arrays = [
+            self._bytes_of(bucket, [frame])
+            for bucket, frame in zip(push.buckets, payload, strict=push.inline)
+        ]
+        rounds = self._job.engine.rounds
+        for bucket, base in zip(push.buckets, push.bases, strict=True):
+            rounds.check(peer.rank, push.round, bucket, base)
+        announced = _Announced(peer, pushed, dict(zip(push.buckets, push.bases, strict=True)))
+        for bucket in push.buckets:
+            self._open[peer.session, bucket] = announced
+        if push.inline:
+            for bucket, array in zip(push.buckets, arrays, strict=True):
+                self._deliver(announced, bucket, array)
+        else:
+            for bucket in push.buckets:
+                nbytes = self._job.layout.buckets[bucket].nbytes
+                self._intake.announce(peer.rank, push.round, bucket, nbytes)
+
+    def data(self, peer: Peer, data: m.Data, payload: Sequence[Frame]) -> None:
+        """Take the bytes of an announced bucket. Raises ProtocolError, without effect."""
+        announced = self._open.get((peer.session, data.bucket))
+        if announced is None or announced.pushed.seq != data.push:
+            raise ProtocolError(f"bytes of bucket {data.bucket} that nobody announced")
+        array = self._bytes_of(data.bucket, payload)
+        if not self._intake.arrived(peer.rank, announced.pushed.round, data.bucket):
+            raise ProtocolError(f"bytes of bucket {data.bucket} that nobody asked for")
+        self._deliver(announced, data.bucket, array)
+
+    def pull(self, peer: Peer, pull: m.Pull) -> None:
+        """Send buckets as they are now, then OK. Raises ProtocolError for one there is not."""
+        for bucket in pull.buckets:
+            if bucket >= len(self._job.layout.buckets):
+                raise ProtocolError(f"no bucket {bucket}")
+        self._outbox[peer.session] += [_Answer(bucket, None) for bucket in pull.buckets]
+        self._outbox[peer.session].append(m.Ok(seq=pull.seq))
+
+    def forget(self, peer: Peer) -> None:
+        """The peer has gone: nothing comes from it, nothing goes to it."""
+        self._intake.forget(peer.rank)
+        self._outbox.pop(peer.session, None)
+        for key in [key for key in self._open if key[0] == peer.session]:
+            del self._open[key]
+
+    # --- to workers ---------------------------------------------------------------------------
+
+    def turn(self) -> None:
+        """Answer what has been consumed, ask for what there is room for, send what can be sent."""
+        engine = self._job.engine
+        for pushed, bucket in engine.released:
+            self._intake.consumed(pushed.rank, pushed.round, bucket)
+        engine.released.clear()
+        for pushed, bucket, outcome in engine.consumed:
+            if self._open.pop((pushed.session, bucket), None) is not None:
+                self._outbox[pushed.session].append(_Answer(bucket, pushed.seq, outcome))
+        engine.consumed.clear()
+        self._ask()
+        for session in list(self._outbox):
+            self._send_some(session)
+
+    @property
+    def backlog(self) -> bool:
+        """Whether something waits for room in a socket."""
+        return bool(self._outbox)
+
+    # --- parts --------------------------------------------------------------------------------
+
+    def _bytes_of(self, bucket: int, frames: Sequence[Frame]) -> NDArray[np.uint8]:
+        """What arrived, whole and aligned; as it lies if it is so already."""
+        buckets = self._job.layout.buckets
+        expected = buckets[bucket].nbytes if bucket < len(buckets) else 0
+        came = sum(len(frame) for frame in frames)
+        if came != expected:
+            raise ProtocolError(
+                f"{came} bytes came for bucket {bucket}, which has {expected}: nothing was taken"
+            )
+        arrays = [np.frombuffer(frame, np.uint8) for frame in frames]
+        if len(arrays) == 1 and arrays[0].ctypes.data % _ALIGN_BYTES == 0:
+            return arrays[0]
+        whole = _aligned(expected)
+        np.concatenate(arrays, out=whole)
+        return whole
+
+    def _deliver(self, announced: _Announced, bucket: int, array: NDArray[np.uint8]) -> None:
+        offset = self._job.layout.buckets[bucket].byte
+        pushed = replace(announced.pushed, slots=array, slots_address=array.ctypes.data - offset)
+        self._job.engine.push(pushed, (bucket,), (announced.bases[bucket],))
+
+    def _ask(self) -> None:
+        wanted: defaultdict[tuple[int, int], list[int]] = defaultdict(list)  # (rank, round)
+        for ask in self._intake.next(self._job.engine.rounds.would_close):
+            wanted[ask.rank, ask.round].append(ask.bucket)
+        for (rank, _), buckets in wanted.items():
+            peer = self._roster.of_rank(rank)
+            assert peer is not None, "a peer that has gone was not forgotten"
+            push = self._open[peer.session, buckets[0]].pushed.seq
+            for part in _parts(buckets, m.MAX_PUSH_BUCKETS):
+                self._outbox[peer.session].appendleft(m.Fetch(push=push, buckets=part))
+
+    def _send_some(self, session: int) -> None:
+        peer = self._roster.of_session(session)
+        queue = self._outbox[session]
+        while queue and peer is not None and self._router.is_clear(peer.route):
+            item = queue.popleft()
+            frames = self._frames(peer, item) if isinstance(item, _Answer) else [m.encode(item)]
+            if not self._router.send(peer.route, frames):
+                peer = None
+        if not queue or peer is None:
+            del self._outbox[session]
+
+    def _frames(self, peer: Peer, answer: _Answer) -> list[Frame]:
+        """Made at the last moment: what waits for room takes none."""
+        job, bucket = self._job, answer.bucket
+        spec = job.layout.buckets[bucket]
+        header = m.Weights(
+            bucket=bucket,
+            version=int(job.control.seq[bucket]) >> 1,
+            closed=int(job.control.closed[bucket]),
+            push=answer.push,
+            outcome=int(answer.outcome),
+        )
+        steps = job.control.steps[spec.pieces.start : spec.pieces.stop]
+        weights = job.store.published(bucket)
+        if peer.base is not None:
+            peer.base[spec.byte : spec.byte + spec.nbytes] = weights
+        if not (self._in_step and answer.push is not None):
+            weights = weights.copy()  # it may change before it has left
+        return [m.encode(header), steps.tobytes(), weights.data]
+
+
+def _aligned(nbytes: int) -> NDArray[np.uint8]:
+    raw = np.empty(nbytes + _ALIGN_BYTES, np.uint8)
+    start = -raw.ctypes.data % _ALIGN_BYTES
+    return raw[start : start + nbytes]
+
+
+def _parts(items: Sequence[int], size: int) -> Iterable[list[int]]:
+    return (list(items[at : at + size]) for at in range(0, len(items), size))
