@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 
@@ -20,6 +21,25 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     crew = Crew(tmp_path_factory.mktemp("zps"))
     yield crew
     crew.stop()
+
+
+@pytest.fixture(autouse=True)
+def link(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How workers reach their hub; the tests of a module with `LINKS` run over all of them."""
+    name = getattr(request, "param", None)
+    if name is None:
+        yield "auto"
+        return
+    from tests import workers
+
+    with mock.patch.object(workers, "LINK", name):
+        yield name
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    links = getattr(metafunc.module, "LINKS", ())
+    if links:
+        metafunc.parametrize("link", links, indirect=True)
 
 
 @pytest.fixture

@@ -40,6 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST = 3  # worker processes
 MOST_HUBS = 6
 PATIENCE_S = 60.0
+#: The setting `link` of every worker: see the fixture `link` in conftest.
+LINK = "auto"
 #: How long the other ranks may take to fail too, once one has.
 GRACE_S = 3.0
 #: Small buckets, so that small models have several; a hub that does not answer fails soon.
@@ -51,16 +53,17 @@ Body = Callable[..., Any]
 class Context:
     """What a body knows: who it is, how to reach the hub, and the way to the other ranks."""
 
-    def __init__(self, rank: int, world: int, hub: str, peers: Mapping[int, Connection]):
+    def __init__(self, rank: int, world: int, hub: str, peers: Mapping[int, Connection], link: str):
         self.rank = rank
         self.world = world
         self.hub = hub
+        self.link = link
         self._peers = peers
         self._stack = ExitStack()
 
     def worker(self, **settings: Any) -> Worker:
         """A worker of this rank, closed when the job ends."""
-        settings = {"timeout_s": HUB["timeout_s"], **settings}
+        settings = {"timeout_s": HUB["timeout_s"], "link": self.link, **settings}
         worker = Worker(self.hub, rank=self.rank, world_size=self.world, **settings)
         return self._stack.enter_context(worker)
 
@@ -124,7 +127,7 @@ class Crew:
         address = self.hub(**(hub or {})).address
         members = self._start()[:world]
         for rank, member in enumerate(members):
-            request = (body, rank, world, address, args, kwargs)
+            request = (body, rank, world, address, LINK, args, kwargs)
             member.jobs.send_bytes(pickle.dumps(request))
         answers = self._gather(members)
         failures = [
@@ -238,8 +241,8 @@ def _serve(jobs: Connection, peers: dict[int, Connection], log: Path) -> None:
 
 def _answer(request: bytes, peers: dict[int, Connection]) -> bytes:
     try:
-        body, rank, world, hub, args, kwargs = pickle.loads(request)
-        ctx = Context(rank, world, hub, peers)
+        body, rank, world, hub, link, args, kwargs = pickle.loads(request)
+        ctx = Context(rank, world, hub, peers, link)
         try:
             result = body(ctx, *args, **kwargs)
         finally:
@@ -261,7 +264,7 @@ def together(
 ) -> Iterator[list[Worker]]:
     """Declared workers of all ranks in this one process, so that a test decides who acts when."""
     with ExitStack() as stack:
-        settings = {"timeout_s": HUB["timeout_s"], **settings}
+        settings = {"timeout_s": HUB["timeout_s"], "link": LINK, **settings}
         workers = [
             stack.enter_context(Worker(address, rank=rank, world_size=world, **settings))
             for rank in range(world)

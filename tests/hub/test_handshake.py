@@ -43,7 +43,6 @@ def test_a_hello_overheard_does_not_give_the_session_away(hub: str, raw: Raw) ->
 HELLOS: dict[str, tuple[dict[str, Any], str, str]] = {
     "another protocol": ({"protocol": 2}, "protocol", "the hub speaks protocol 1, the worker 2"),
     "another job": ({"job": "other"}, "job", "serves job 'hostile', not 'other'"),
-    "another host": ({"host": "elsewhere/1"}, "other_host", "does not share the hub's host"),
     "another mode": (
         {"settings": {"mode": "ssp"}},
         "settings",

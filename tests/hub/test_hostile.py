@@ -44,7 +44,7 @@ BAD: dict[str, tuple[Bad, str, str]] = {
     "a bucket twice": (push(buckets=[1, 1], bases=[1, 1]), "ProtocolError", "names a bucket twice"),
     "fewer versions than buckets": (push(buckets=[0, 1]), "ProtocolError", "frames"),
     "more versions than buckets": (push(bases=[1, 1]), "ProtocolError", "frames"),
-    "a frame that was not announced": (push(b"x"), "ProtocolError", "frames"),
+    "a frame that was not announced": (push(b"x"), "ProtocolError", "shares its memory"),
     "hyperparameters that were announced": (push(hypers=True), "ProtocolError", "frames"),
     "half an index": (push(b"\0\0\0", absent=True), "ProtocolError", "3 bytes are no array"),
     "more absent than there are": (push(b"\0" * 12, absent=True), "ProtocolError", "more absent"),

@@ -11,6 +11,8 @@ import zps
 from tests.training.reference import gradients, new_params, values
 from tests.workers import Context
 
+LINKS = ("shm", "message")
+
 ROUNDS = 12
 MODES: dict[str, dict[str, Any]] = {
     "bsp": {},

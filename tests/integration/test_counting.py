@@ -7,6 +7,8 @@ import torch
 
 from tests.workers import Context
 
+LINKS = ("shm", "message")
+
 PUSHES = 300
 SIZES = {"a": 3, "b": 5000, "c": 1}  # "b" takes several buckets
 

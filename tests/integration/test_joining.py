@@ -11,6 +11,8 @@ import zps
 from tests.workers import Context
 from zps.errors import UnsupportedError
 
+LINKS = ("shm", "message")
+
 ROUNDS = 3
 
 

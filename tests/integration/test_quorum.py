@@ -19,6 +19,8 @@ from tests.training.reference import (
 from tests.workers import Context, Crew, together
 from zps.memory.control import Outcome
 
+LINKS = ("shm", "message")
+
 
 def test_a_late_gradient_is_dropped_and_counted(crew: Crew):
     hub = crew.hub(quorum=0.5)

@@ -12,6 +12,8 @@ import zps
 from tests.training.reference import new_params, steps_in_hub
 from tests.workers import Context, Crew, together
 
+LINKS = ("shm", "message")
+
 ROUNDS = 30
 
 

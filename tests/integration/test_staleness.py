@@ -16,6 +16,8 @@ from tests.workers import Crew, together
 from zps.memory.control import Outcome
 from zps.worker.worker import Worker
 
+LINKS = ("shm", "message")
+
 Floats = NDArray[np.float32]
 
 WORLD = 3

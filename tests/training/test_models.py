@@ -25,6 +25,8 @@ from tests.training.reference import (
 from tests.workers import Context
 from zps.wire.messages import MAX_PUSH_BUCKETS
 
+LINKS = ("shm", "message")
+
 ROUNDS = 20
 BATCH = 8  # of one worker; a power of two, see Everything
 HALF = (torch.bfloat16, torch.float16)

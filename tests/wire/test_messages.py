@@ -28,6 +28,8 @@ EXAMPLES: list[m.Message] = [
         **SESSIONED, round=7, buckets=[0, 5], bases=[7, 6], samples=32.0, grad_scale=65536.0,
         finite=True, hold=False, hypers=True, absent=False,
     ),
+    m.Data(**SESSIONED, push=3 << 32, bucket=5),
+    m.Pull(**SESSIONED, buckets=[1, 2]),
     m.Read(**SESSIONED, what="state", field="exp_avg", index=4),
     m.Write(**SESSIONED, what="foreign", field="", index=0),
     m.SetSteps(**SESSIONED),
@@ -39,7 +41,11 @@ EXAMPLES: list[m.Message] = [
         protocol=1, epoch=1, session=2, rank=3, world_size=4, pid=5, host="h/1", settings=SETTINGS
     ),
     m.Attach(seq=1, control=AT, weights=AT, slots=AT, first_round=9, formed=True),
+    m.Attach(seq=1, control=None, weights=None, slots=None, first_round=0, formed=False),
     m.Ok(seq=1),
+    m.Fetch(push=3 << 32, buckets=[0, 5]),
+    m.Consumed(push=3 << 32, buckets=[0, 5], outcomes=[0, 2]),
+    m.Weights(bucket=5, version=8, closed=9, push=None, outcome=0),
     m.Refuse(seq=None, code="layout", text="é" * 700),
     m.Closing(text="the hub was stopped"),
 ]  # fmt: skip

@@ -8,7 +8,7 @@ each consumed bucket with its new weights.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +23,7 @@ from zps.memory.control import Outcome
 from zps.wire import messages as m
 from zps.wire.sockets import Frame, Router
 
-_ALIGN_BYTES = 64
+_ALIGN_BYTES = 8  # of what the kernels read; every allocator gives as much
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +37,7 @@ class _Announced:
 
 @dataclass(slots=True, eq=False)
 class _Answer:
-    """A bucket to be sent to one peer: because of a push, or because it asked (push is None)."""
+    """A bucket's weights for one peer: after its push, or because it asked (push is None)."""
 
     bucket: int
     push: int | None
@@ -126,7 +126,7 @@ class Courier:
         engine.released.clear()
         for pushed, bucket, outcome in engine.consumed:
             if self._open.pop((pushed.session, bucket), None) is not None:
-                self._outbox[pushed.session].append(_Answer(bucket, pushed.seq, outcome))
+                self._answer(pushed, bucket, outcome)
         engine.consumed.clear()
         self._ask()
         for session in list(self._outbox):
@@ -160,16 +160,27 @@ class Courier:
         pushed = replace(announced.pushed, slots=array, slots_address=array.ctypes.data - offset)
         self._job.engine.push(pushed, (bucket,), (announced.bases[bucket],))
 
+    def _answer(self, pushed: Pushed, bucket: int, outcome: Outcome) -> None:
+        queue = self._outbox[pushed.session]
+        if self._in_step:
+            queue.append(_Answer(bucket, pushed.seq, outcome))
+            return
+        last = queue[-1] if queue else None
+        if not isinstance(last, m.Consumed) or last.push != pushed.seq:
+            last = m.Consumed(push=pushed.seq, buckets=[], outcomes=[])
+            queue.append(last)
+        last.buckets.append(bucket)
+        last.outcomes.append(int(outcome))
+
     def _ask(self) -> None:
-        wanted: defaultdict[tuple[int, int], list[int]] = defaultdict(list)  # (rank, round)
+        wanted: defaultdict[tuple[int, int], list[int]] = defaultdict(list)  # (session, push)
         for ask in self._intake.next(self._job.engine.rounds.would_close):
-            wanted[ask.rank, ask.round].append(ask.bucket)
-        for (rank, _), buckets in wanted.items():
-            peer = self._roster.of_rank(rank)
+            peer = self._roster.of_rank(ask.rank)
             assert peer is not None, "a peer that has gone was not forgotten"
-            push = self._open[peer.session, buckets[0]].pushed.seq
-            for part in _parts(buckets, m.MAX_PUSH_BUCKETS):
-                self._outbox[peer.session].appendleft(m.Fetch(push=push, buckets=part))
+            push = self._open[peer.session, ask.bucket].pushed.seq
+            wanted[peer.session, push].append(ask.bucket)
+        for (session, push), buckets in wanted.items():
+            self._outbox[session].appendleft(m.Fetch(push=push, buckets=buckets))
 
     def _send_some(self, session: int) -> None:
         peer = self._roster.of_session(session)
@@ -197,7 +208,7 @@ class Courier:
         weights = job.store.published(bucket)
         if peer.base is not None:
             peer.base[spec.byte : spec.byte + spec.nbytes] = weights
-        if not (self._in_step and answer.push is not None):
+        if answer.push is None:
             weights = weights.copy()  # it may change before it has left
         return [m.encode(header), steps.tobytes(), weights.data]
 
@@ -206,7 +217,3 @@ def _aligned(nbytes: int) -> NDArray[np.uint8]:
     raw = np.empty(nbytes + _ALIGN_BYTES, np.uint8)
     start = -raw.ctypes.data % _ALIGN_BYTES
     return raw[start : start + nbytes]
-
-
-def _parts(items: Sequence[int], size: int) -> Iterable[list[int]]:
-    return (list(items[at : at + size]) for at in range(0, len(items), size))

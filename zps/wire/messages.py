@@ -210,8 +210,17 @@ class Fetch(Message):
     buckets: list[U32]
 
 
+class Consumed(Message):
+    """What became of buckets of the push `push`, where weights are only sent to who asks."""
+
+    tag: ClassVar[str] = "consumed"
+    push: Seq
+    buckets: list[U32]
+    outcomes: list[U32]
+
+
 class Weights(Message):
-    """A bucket as it is now, to those who pushed it or asked for it.
+    """A bucket as it is now, to those who pushed it in step with all others, or asked for it.
 
     Payload: int64 step counts of its pieces, then its bytes in one frame or several.
     """
@@ -244,7 +253,7 @@ _MODELS: dict[str, type[Message]] = {
     model.tag: model
     for model in (
         *(Hello, Declare, Publish, Push, Data, Pull, Read, Write, SetSteps, Barrier, Stats, Bye),
-        *(Welcome, Attach, Ok, Fetch, Weights, Refuse, Closing),
+        *(Welcome, Attach, Ok, Fetch, Consumed, Weights, Refuse, Closing),
     )
 }
 

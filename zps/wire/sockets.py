@@ -23,6 +23,7 @@ ZERO_COPY_BYTES = 64 << 10  # below it the tracker of a zero-copy send costs mor
 SLACK_BYTES = 64 << 10
 HEARTBEAT_MS = 1000
 MAX_QUEUED_BYTES = 64 << 20
+_LOCAL_BUFFER_BYTES = 256 << 10
 
 Frame = bytes | memoryview
 
@@ -45,7 +46,7 @@ class Router:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, max_bytes: int):
         self.socket = context.socket(zmq.ROUTER)
-        _common(self.socket, max_bytes)
+        _common(self.socket, max_bytes, address)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
         self.socket.setsockopt(zmq.HANDSHAKE_IVL, 2000)
@@ -128,9 +129,7 @@ class Router:
         self._queued_bytes.pop(peer, None)
 
     def close(self) -> None:
-        self.socket.disable_monitor()
-        self.monitor.close()
-        self.socket.close(linger=200)  # the last refusals may leave
+        _close(self.socket, self.monitor)  # the last refusals may leave
 
     def _try_send(self, peer: bytes, frames: Sequence[Frame]) -> bool | None:
         try:
@@ -149,7 +148,7 @@ class Dealer:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, max_bytes: int):
         self.socket = context.socket(zmq.DEALER)
-        _common(self.socket, max_bytes)
+        _common(self.socket, max_bytes, address)
         self.socket.setsockopt(zmq.IMMEDIATE, 1)
         self.socket.setsockopt(zmq.ROUTING_ID, b"w" + os.urandom(15))
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
@@ -185,9 +184,14 @@ class Dealer:
         return bool(_ended(self.monitor))
 
     def close(self) -> None:
-        self.socket.disable_monitor()
-        self.monitor.close()
-        self.socket.close(linger=200)  # the goodbye may leave, a dead hub does not hold us
+        _close(self.socket, self.monitor)  # the goodbye may leave, a dead hub does not hold us
+
+
+def _close(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+    if not socket.closed:
+        socket.disable_monitor()
+        monitor.close()
+        socket.close(linger=200)
 
 
 def _send(socket: zmq.Socket[bytes], frames: Sequence[Frame], flags: int) -> None:
@@ -215,7 +219,11 @@ def _ended(monitor: zmq.Socket[bytes]) -> list[int]:
     return found
 
 
-def _common(socket: zmq.Socket[bytes], max_bytes: int) -> None:
+def _common(socket: zmq.Socket[bytes], max_bytes: int, address: str) -> None:
+    if address.startswith(("ipc://", "tcp://127.", "tcp://localhost:", "tcp://[::1]:")):
+        # What one end writes the other reads while it is in cache; the system would grow these.
+        socket.setsockopt(zmq.SNDBUF, _LOCAL_BUFFER_BYTES)
+        socket.setsockopt(zmq.RCVBUF, _LOCAL_BUFFER_BYTES)
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes + SLACK_BYTES)
     socket.setsockopt(zmq.SNDHWM, HWM)
     socket.setsockopt(zmq.RCVHWM, HWM)

@@ -49,7 +49,7 @@ class Channel:
         self.layout = layout
         self._settings = settings
         self.link = _connect(session, settings, layout, rule, hypers, aliased=aliased)
-        self.aliased = aliased or self.link.private
+        self.aliased = aliased
         session.last_words = self.link.last_words
         count = len(layout.buckets)
         self._next_round = np.full(count, self.link.first_round, np.int64)
@@ -96,22 +96,19 @@ class Channel:
 
     def refresh(self, buckets: Sequence[int] | NDArray[np.uint32] | None = None) -> None:
         """Copy the hub's weights here, where they are not views of them anyway."""
+        if not self.aliased:
+            self.link.fetch(range(len(self.layout.buckets)) if buckets is None else buckets)
         if self._settings.quorum < 1:
             # A worker that fell behind goes on where the others are: what it pushes next will have
             # been computed on the weights it gets now. What it computed before stays in its round.
             chosen = _EVERY if buckets is None else np.asarray(buckets)
             closed = self.link.closed_rounds[chosen]
             self._next_round[chosen] = np.maximum(self._next_round[chosen], closed)
-        if self.aliased:
+        if self.aliased or self.link.private:
             return
         for bucket in range(len(self.layout.buckets)) if buckets is None else buckets:
             spec = self.layout.buckets[bucket]
             self.link.pull(int(bucket), self._replica[spec.byte : spec.byte + spec.nbytes])
-
-    def fetch(self, buckets: Sequence[int] | NDArray[np.uint32]) -> None:
-        """Have the hub's weights of `buckets` here, whatever it takes."""
-        self.link.fetch([int(bucket) for bucket in buckets])
-        self.refresh(buckets)
 
     def close(self) -> None:
         """Let go of the memory; the session is the caller's."""
@@ -122,7 +119,7 @@ class Channel:
     # --- parts --------------------------------------------------------------------------------
 
     def _make_replica(self) -> NDArray[np.uint8]:
-        if self.aliased:
+        if self.aliased or self.link.private:
             return self.link.weights
         shared = self.link.replica()  # the hub compensates delays by what we computed on
         return np.zeros(self.layout.arena_bytes, np.uint8) if shared is None else shared

@@ -48,7 +48,8 @@ class Link(Protocol):
     formed: bool
     """Whether the job was running already when this worker came."""
     private: bool
-    """Whether `weights` are this worker's own, and change only while it waits or fetches."""
+    """Whether `weights` are this worker's own. They change when it fetches, and in rounds that all
+    take in step also while it waits for its push."""
 
     @property
     def weights(self) -> NDArray[np.uint8]:
@@ -92,7 +93,7 @@ class Link(Protocol):
         """What became of the last push of each of `buckets` that was consumed."""
         ...
 
-    def fetch(self, buckets: Sequence[int]) -> None:
+    def fetch(self, buckets: Sequence[int] | NDArray[np.uint32]) -> None:
         """Bring private weights of `buckets` up to date; nothing to do where they are shared."""
         ...
 

@@ -2,7 +2,7 @@
 
 The worker has slots and weights of its own. A small push takes its gradients along; for a large one
 the hub asks bucket by bucket, when it has room, and a bucket is sent from where it lies. What comes
-back is written into the weights while somebody waits, so they change at no other time.
+back is written into the weights while somebody waits for it: they change at no other time.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from zps.memory.segment import private_floats
 from zps.wire import messages as m
 from zps.wire.sockets import Frame
 from zps.worker.link import PushInfo
-from zps.worker.session import Session
+from zps.worker.session import Payload, Session
 
 INLINE_BYTES = 256 << 10  # a round trip costs more than a hub that holds as much of every worker
 _SLICE_S = 0.1  # how long Ctrl-C and a dead hub may go unnoticed
 
 
 class MessageLink:
-    """See `Link`. Its weights may be looked at as they lie: see `private`."""
+    """See `Link`."""
 
     private = True
 
@@ -87,25 +87,30 @@ class MessageLink:
         return seq
 
     def wait(self, buckets: NDArray[np.uint32], seqs: NDArray[np.uint64], timeout_s: float) -> None:
+        targets = done_target(seqs)
         deadline = time.monotonic() + timeout_s
-        while not self.done(buckets, seqs):
+        while not (self._done[buckets] >= targets).all():
             left_s = deadline - time.monotonic()
             if self._session.take(min(_SLICE_S, max(0.0, left_s))):
                 deadline = max(deadline, time.monotonic() + timeout_s)  # it moves on
             elif left_s <= 0:
-                missing = int(buckets[np.flatnonzero(self._done[buckets] < done_target(seqs))[0]])
+                missing = int(buckets[np.flatnonzero(self._done[buckets] < targets)[0]])
                 raise WaitTimeout(
                     f"rank {self._session.rank} waited {timeout_s:.3g} s for bucket {missing}"
                     f"{self._session.who_is_missing()}"
                 )
 
     def done(self, buckets: NDArray[np.uint32], seqs: NDArray[np.uint64]) -> bool:
-        return bool((self._done[buckets] >= done_target(seqs)).all())
+        targets = done_target(seqs)
+        while not (self._done[buckets] >= targets).all():
+            if not self._session.take(0):
+                return False
+        return True
 
     def outcomes(self, buckets: NDArray[np.uint32]) -> tuple[Outcome, ...]:
         return outcomes_of(self._done[buckets])
 
-    def fetch(self, buckets: Sequence[int]) -> None:
+    def fetch(self, buckets: Sequence[int] | NDArray[np.uint32]) -> None:
         for at in range(0, len(buckets), m.MAX_PUSH_BUCKETS):
             part = [int(bucket) for bucket in buckets[at : at + m.MAX_PUSH_BUCKETS]]
             with self._session.sequenced() as seq:
@@ -147,11 +152,14 @@ class MessageLink:
 
     # --- what the hub sends -------------------------------------------------------------------
 
-    def _on_payload(self, message: m.Fetch | m.Weights, payload: list[Frame]) -> None:
+    def _on_payload(self, message: Payload, payload: list[Frame]) -> None:
         if isinstance(message, m.Fetch):
             self._send_asked(message)
-        else:
+        elif isinstance(message, m.Weights):
             self._take_weights(message, payload)
+        else:
+            for bucket, outcome in zip(message.buckets, message.outcomes, strict=True):
+                self._done[bucket] = done_word(message.push, Outcome(outcome))
 
     def _send_asked(self, fetch: m.Fetch) -> None:
         limit = self._session.settings.bucket_bytes

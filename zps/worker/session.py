@@ -32,6 +32,9 @@ from zps.wire.address import home_of, parse, sweep_home
 from zps.wire.messages import SHARED_SETTINGS
 from zps.wire.sockets import Dealer, Frame, host_id, readable
 
+Payload = m.Fetch | m.Weights | m.Consumed
+"""What a hub sends unasked to a worker that shares no memory with it."""
+
 _WHY_S = 0.5
 _MAX_FRAME_BYTES = 1 << 40  # a worker trusts the size of what its own hub sends
 _LOCAL: dict[str, type[ZpsError]] = {
@@ -57,7 +60,7 @@ class Session:
         self.received = 0  # messages since the declaration was answered, that one included
         self._given_up = 0  # the count at which one of them did not come
         self.last_words: Callable[[], str] = str  # where the hub leaves the reason for its end
-        self.on_payload: Callable[[m.Fetch | m.Weights, list[Frame]], None] = _unexpected
+        self.on_payload: Callable[[Payload, list[Frame]], None] = _unexpected
         self._pid = os.getpid()
         self._closed = ""
         self._lock = threading.RLock()
@@ -173,7 +176,7 @@ class Session:
                     return None
                 continue
             answer = self._judge(frames)
-            if isinstance(answer, m.Fetch | m.Weights):
+            if isinstance(answer, Payload):
                 deadline = max(deadline, time.monotonic() + timeout_s)  # it moves on
             if getattr(answer, "seq", None) == seq:
                 return answer, frames[1:]
@@ -210,7 +213,7 @@ class Session:
 
     def _judge(self, frames: list[Frame]) -> m.Message:
         answer = m.decode(frames[0])
-        if isinstance(answer, m.Fetch | m.Weights):
+        if isinstance(answer, Payload):
             self.on_payload(answer, frames[1:])
         if isinstance(answer, m.Refuse):
             raise refusal(answer)

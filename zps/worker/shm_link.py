@@ -132,7 +132,7 @@ class ShmLink:
     def outcomes(self, buckets: NDArray[np.uint32]) -> tuple[Outcome, ...]:
         return outcomes_of(self._done_words[buckets])
 
-    def fetch(self, buckets: Sequence[int]) -> None:
+    def fetch(self, buckets: Sequence[int] | NDArray[np.uint32]) -> None:
         pass
 
     def upload(self) -> None:

@@ -221,7 +221,7 @@ class Worker:
         """Bring `weights` up to date. Done when this returns; `wait` is there for symmetry."""
         layout = self.layout
         wanted = layout.index if names is None else (names,) if isinstance(names, str) else names
-        self._declared().fetch(self._buckets_of(tuple(wanted)))
+        self.refresh(self._buckets_of(tuple(wanted)))
         return Work((), default_timeout_s=self.settings.timeout_s).wait()
 
     def push_pull(self, what: What, *, samples: float = 1.0) -> Work:
