@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -189,8 +189,19 @@ class Engine:
         """Keep an update until all of its round are here; None for a bucket that has none."""
         held = self._held[key]
         held.append(update)
+        if update is not None:
+            self._let_go(update)
         if len(held) == len(self.store.layout.buckets):
             self._judge_held(key)
+
+    def _let_go(self, update: Update) -> None:
+        """Hold the average instead of what came in messages, which would be all of a round."""
+        remote = [c for c in update.contributions if c.remote]
+        if not remote:
+            return
+        if self._policy.mode is Mode.BSP and self.store.accumulate(update):
+            update.contributions = tuple(replace(c, slots=None) for c in update.contributions)
+        self.released += [(c, update.bucket) for c in remote]
 
     def _judge_held(self, key: tuple[int, ...]) -> None:
         updates = [update for update in self._held.pop(key) if update is not None]

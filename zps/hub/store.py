@@ -73,6 +73,7 @@ class Update:
     contributions: tuple[Pushed, ...]
     lr_factor: float = 1.0
     dc_lambda: float = 0.0
+    reduced: bool = False  # the contributions have been averaged already: see Store.accumulate
 
 
 @dataclass(slots=True)
@@ -117,6 +118,7 @@ class Store:
         self.weights = Segment.create("weights", layout.total_bytes)
         self._masters = self._make_masters()
         self._state: dict[str, Floats] = {}
+        self._accumulator: Floats | None = None
         self._buckets = [self._prepare(index) for index in range(len(layout.buckets))]
         self._foreign: ForeignRule | None = None
         if self.rule is not None:
@@ -152,6 +154,22 @@ class Store:
         for bucket, present in counted:
             bucket.steps += present
 
+    def accumulate(self, update: Update) -> bool:
+        """Average the contributions now, so that their memory can go before they are applied.
+
+        There is one accumulator, so no bucket may have two updates waiting. False, and nothing is
+        done, where gradients are not float32 or nobody has one.
+        """
+        spec = self.layout.buckets[update.bucket]
+        loaded = self._load(update, 1.0) if spec.dtype == "float32" else None
+        if loaded is None:
+            return False
+        if self._accumulator is None:
+            self._accumulator = private_floats(self.layout.flat_elements, "the accumulator")
+        native.reduce(self._pool, [loaded[0]], [self._accumulated(update.bucket)])
+        update.reduced = True
+        return True
+
     @property
     def steps_whole_rounds(self) -> bool:
         """Whether `apply` is to be given all buckets of one round: a class may look at them all.
@@ -185,7 +203,9 @@ class Store:
         job = bucket.job
         offset = bucket.offset
         job.slots = [c.slots_address + offset for c in counted]
-        if self._divides and all(c.samples == first.samples for c in counted):
+        if update.reduced:
+            job.slots, job.scales, job.divisor = [self._accumulated(update.bucket)], [], 1.0
+        elif self._divides and all(c.samples == first.samples for c in counted):
             # An even mean needs no multiplication.
             job.scales = [1.0 / c.grad_scale for c in counted]
             job.divisor = float(len(counted))
@@ -377,6 +397,10 @@ class Store:
             value = self.rule.initial(self._groups[self._group_of[piece.param]]).get(name, 0.0)
             if value:
                 flat[piece.begin : piece.begin + piece.count] = value
+
+    def _accumulated(self, bucket: int) -> int:
+        assert self._accumulator is not None
+        return int(self._accumulator.ctypes.data) + 4 * self.layout.buckets[bucket].begin
 
     def _publish_masters(self, bucket: int) -> None:
         dtype = self.layout.buckets[bucket].dtype
