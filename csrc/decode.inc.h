@@ -8,6 +8,7 @@
 #include "codec/sign.h"
 #include "codec/topk.h"
 #include "core/work.h"
+#include "f16.inc.h"
 
 namespace zps::ZPS_TARGET {
 
@@ -18,9 +19,29 @@ namespace zps::ZPS_TARGET {
 constexpr std::size_t kBlock = 128;
 constexpr unsigned kBlockShift = 7;
 
-template <class Format>
-ZPS_HD void decode_cast(const uint8_t* bytes, std::size_t n, float* __restrict out) {
-  for (std::size_t i = 0; i < n; ++i) out[i] = Format::load(load_as<uint16_t>(bytes + 2 * i));
+/// What becomes of a decoded value: it is stored or added, and may be scaled before.
+template <bool Add, bool Scaled>
+struct Put {
+  static constexpr bool kAdd = Add;
+  float scale;
+
+  ZPS_HD void operator()(float& out, float value) const {
+    if (Scaled) value *= scale;
+    out = Add ? out + value : value;
+  }
+};
+
+template <class Format, class Sink>
+void decode_cast(const uint8_t* __restrict bytes, std::size_t n, const Sink& sink,
+                 float* __restrict out) {
+  const Sink put = sink;
+  std::size_t i = 0;
+  if constexpr (__is_same(Format, F16)) {
+    alignas(64) float wide[kBlock];
+    i = widen_f16(bytes, n < kBlock ? n : kBlock, wide);
+    for (std::size_t k = 0; k < i; ++k) put(out[k], wide[k]);
+  }
+  for (; i < n; ++i) put(out[i], Format::load(load_as<uint16_t>(bytes + 2 * i)));
 }
 
 /// Codes of less than a byte become one a byte, in scratch.
@@ -41,7 +62,8 @@ ZPS_HD const uint8_t* codes_of(const uint8_t* codes, uint64_t at, std::size_t n,
   if constexpr (__is_same(Group, Whole)) {
     return codes + at;
   } else {
-    return unpack<Group>(codes + at / Group::kCodes, n, scratch);
+    const uint8_t* packed = codes + at / Group::kCodes;
+    return n < kBlock ? unpack<Group>(packed, n, scratch) : unpack<Group>(packed, kBlock, scratch);
   }
 }
 
@@ -55,29 +77,39 @@ ZPS_HD float value_of<E4m3>(uint8_t code) {
   return E4m3::load(code);
 }
 
-template <class Code, class Group>
-ZPS_HD void decode_scaled(const Encoding& e, const uint8_t* bytes, uint64_t at, std::size_t n,
-                          float* __restrict out) {
-  alignas(64) uint8_t scratch[kBlock];
-  const uint8_t* __restrict codes = codes_of<Group>(bytes + e.codes, at, n, scratch);
-  if (e.shift >= kBlockShift) {
-    const float scale = load_as<float>(bytes + 4 * (at >> e.shift));
-    for (std::size_t i = 0; i < n; ++i) out[i] = value_of<Code>(codes[i]) * scale;
-    return;
-  }
-  const std::size_t block = std::size_t{1} << e.shift;
-  for (std::size_t first = 0; first < n; first += block) {
-    const float scale = load_as<float>(bytes + 4 * ((at + first) >> e.shift));
-    const std::size_t end = n - first < block ? n : first + block;
-    for (std::size_t i = first; i < end; ++i) out[i] = value_of<Code>(codes[i]) * scale;
+/// Block is the length of a run with one scale; of a whole block of scratch the compiler knows n too.
+template <class Code, std::size_t Block, class Sink>
+ZPS_HD void scale_codes(const uint8_t* __restrict codes, const uint8_t* scales, std::size_t n,
+                        const Sink& sink, float* __restrict out) {
+  const Sink put = sink;
+  for (std::size_t first = 0; first < n; first += Block, scales += sizeof(float)) {
+    const float scale = load_as<float>(scales);
+    const std::size_t count = n - first < Block ? n - first : Block;
+    for (std::size_t i = first; i < first + count; ++i) {
+      put(out[i], value_of<Code>(codes[i]) * scale);
+    }
   }
 }
 
-/// A whole block has its own copy of the loops, whose length the compiler knows.
-template <class Code, class Group>
-void decode_codes(const Encoding& e, const uint8_t* bytes, uint64_t at, std::size_t n, float* out) {
-  n < kBlock ? decode_scaled<Code, Group>(e, bytes, at, n, out)
-             : decode_scaled<Code, Group>(e, bytes, at, kBlock, out);
+template <class Code, std::size_t Block, class Sink>
+void scale_block(const uint8_t* codes, const uint8_t* scales, std::size_t n, const Sink& sink,
+                 float* out) {
+  n < kBlock ? scale_codes<Code, Block>(codes, scales, n, sink, out)
+             : scale_codes<Code, Block>(codes, scales, kBlock, sink, out);
+}
+
+template <class Code, class Group, class Sink>
+void decode_codes(const Encoding& e, const uint8_t* bytes, uint64_t at, std::size_t n,
+                  const Sink& sink, float* out) {
+  alignas(64) uint8_t scratch[kBlock];
+  const uint8_t* codes = codes_of<Group>(bytes + e.codes, at, n, scratch);
+  const uint8_t* scales = bytes + 4 * (at >> e.shift);
+  switch (e.shift) {
+    case 4: return scale_block<Code, 16>(codes, scales, n, sink, out);
+    case 5: return scale_block<Code, 32>(codes, scales, n, sink, out);
+    case 6: return scale_block<Code, 64>(codes, scales, n, sink, out);
+    default: return scale_block<Code, kBlock>(codes, scales, n, sink, out);
+  }
 }
 
 /// The first of entries [from, to) whose index is not below `index`.
@@ -93,51 +125,62 @@ inline uint32_t first_entry(const uint8_t* indices, uint32_t from, uint32_t to, 
   return from;
 }
 
-inline void decode_topk(const Encoding& e, const uint8_t* bytes, uint64_t at, std::size_t n,
-                        float* __restrict out) {
+/// Elements that a sparse piece does not name are 0, or left as they are.
+template <class Sink>
+void clear_unless_added(std::size_t n, float* __restrict out) {
+  if (Sink::kAdd) return;
   for (std::size_t i = 0; i < n; ++i) out[i] = 0.0f;
+}
+
+template <class Sink>
+void decode_topk(const Encoding& e, const uint8_t* bytes, uint64_t at, std::size_t n,
+                 const Sink& put, float* out) {
+  clear_unless_added<Sink>(n, out);
   const uint8_t* offsets = bytes + 4 * (at >> kTileShift);
   const uint8_t* indices = bytes + e.codes;
   const uint8_t* values = bytes + e.values;
+  const bool half = (e.flags & kHalfValues) != 0;
   const auto most = static_cast<uint32_t>(e.k);
   const uint32_t from = once(load_as<uint32_t>(offsets));
   uint32_t to = once(load_as<uint32_t>(offsets + 4));
   to = to < most ? to : most;
   const auto first = static_cast<uint32_t>(at & ((1u << kTileShift) - 1));
-  for (uint32_t entry = first_entry(indices, from, to, first); entry < to; ++entry) {
-    const uint32_t i = once(load_as<uint16_t>(indices + 2 * uint64_t{entry})) - first;
+  for (uint64_t entry = first_entry(indices, from, to, first); entry < to; ++entry) {
+    const uint32_t i = once(load_as<uint16_t>(indices + 2 * entry)) - first;
     if (i >= n) break;
-    out[i] = (e.flags & kHalfValues) != 0 ? F16::load(load_as<uint16_t>(values + 2 * uint64_t{entry}))
-                                          : load_as<float>(values + 4 * uint64_t{entry});
+    put(out[i], half ? F16::load(load_as<uint16_t>(values + 2 * entry))
+                     : load_as<float>(values + 4 * entry));
   }
 }
 
-inline void decode_randk(const Encoding& e, const uint8_t* bytes, uint64_t at, std::size_t n,
-                         float* __restrict out) {
-  for (std::size_t i = 0; i < n; ++i) out[i] = 0.0f;
+template <class Sink>
+void decode_randk(const Encoding& e, const uint8_t* bytes, uint64_t at, std::size_t n,
+                  const Sink& put, float* out) {
+  clear_unless_added<Sink>(n, out);
   const Draws draws = Draws::of(load_as<uint64_t>(bytes));
   const Strata strata = {e.n, e.k};
   for (Walk walk(strata, strata.of(at)); walk.stratum() < e.k && walk.begin() < at + n;
        walk.next()) {
     const uint64_t i = walk.chosen(draws) - at;  // the first stratum may have chosen before `at`
-    if (i < n) out[i] = load_as<float>(bytes + e.codes + 4 * walk.stratum());
+    if (i < n) put(out[i], load_as<float>(bytes + e.codes + 4 * walk.stratum()));
   }
 }
 
 /// Elements [at, at + n) of a piece; `at` is a multiple of kBlock and n at most kBlock.
-inline void decode_block(const Encoding& e, const uint8_t* bytes, uint64_t at, std::size_t n,
-                         float* out) {
+template <class Sink>
+void decode_block(const Encoding& e, const uint8_t* bytes, uint64_t at, std::size_t n,
+                  const Sink& put, float* out) {
   switch (e.kind) {
     case Kind::kNone: return;  // not coded: the caller reads it in its own dtype
-    case Kind::kFp16: return decode_cast<CastF16>(bytes + 2 * at, n, out);
-    case Kind::kBf16: return decode_cast<CastBf16>(bytes + 2 * at, n, out);
-    case Kind::kFp8: return decode_codes<E4m3, Whole>(e, bytes, at, n, out);
-    case Kind::kInt8: return decode_codes<Int8Code, Whole>(e, bytes, at, n, out);
-    case Kind::kInt4: return decode_codes<Int4Code, Nibbles>(e, bytes, at, n, out);
-    case Kind::kOnebit: return decode_codes<Onebit, Bits>(e, bytes, at, n, out);
-    case Kind::kTernary: return decode_codes<TernaryCode, Pairs>(e, bytes, at, n, out);
-    case Kind::kTopk: return decode_topk(e, bytes, at, n, out);
-    case Kind::kRandk: return decode_randk(e, bytes, at, n, out);
+    case Kind::kFp16: return decode_cast<F16>(bytes + 2 * at, n, put, out);
+    case Kind::kBf16: return decode_cast<Bf16>(bytes + 2 * at, n, put, out);
+    case Kind::kFp8: return decode_codes<E4m3, Whole>(e, bytes, at, n, put, out);
+    case Kind::kInt8: return decode_codes<Int8Code, Whole>(e, bytes, at, n, put, out);
+    case Kind::kInt4: return decode_codes<Int4Code, Nibbles>(e, bytes, at, n, put, out);
+    case Kind::kOnebit: return decode_codes<Onebit, Bits>(e, bytes, at, n, put, out);
+    case Kind::kTernary: return decode_codes<TernaryCode, Pairs>(e, bytes, at, n, put, out);
+    case Kind::kTopk: return decode_topk(e, bytes, at, n, put, out);
+    case Kind::kRandk: return decode_randk(e, bytes, at, n, put, out);
   }
 }
 

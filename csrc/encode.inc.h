@@ -7,6 +7,7 @@
 #include "codec/randk.h"
 #include "codec/sign.h"
 #include "decode.inc.h"
+#include "f16.inc.h"
 #include "flow.inc.h"
 #include "select.inc.h"
 
@@ -25,8 +26,9 @@ inline uint32_t absmax_bits(const float* v, std::size_t n) {
 }
 
 /// The sum of the magnitudes above a threshold, in lanes: the same on every target.
-inline double sum_above(const float* v, std::size_t n, float threshold) {
-  double lanes[kLanes] = {};
+template <class Real>
+double sum_above_in(const float* v, std::size_t n, float threshold) {
+  Real lanes[kLanes] = {};
   std::size_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (std::size_t k = 0; k < kLanes; ++k) {
@@ -39,6 +41,12 @@ inline double sum_above(const float* v, std::size_t n, float threshold) {
     lanes[k] += size > threshold ? size : 0.0f;
   }
   return sum_of(lanes);
+}
+
+/// Floats are twice as fast, and overflow at the end of their range only.
+inline double sum_above(const float* v, std::size_t n, float threshold) {
+  const double sum = sum_above_in<float>(v, n, threshold);
+  return sum <= 3.0e38 ? sum : sum_above_in<double>(v, n, threshold);
 }
 
 inline std::size_t count_above(const float* v, std::size_t n, float threshold) {
@@ -135,7 +143,9 @@ inline double encode_ternary(const EncodeCall& call) {
 template <class Format>
 void cast_unit(const float* __restrict v, std::size_t n, uint8_t* __restrict out,
                float* __restrict decoded) {
-  for (std::size_t i = 0; i < n; ++i) {
+  std::size_t i = 0;
+  if constexpr (__is_same(Format, CastF16)) i = narrow_f16(v, n, out, decoded);
+  for (; i < n; ++i) {
     const uint16_t half = Format::store(v[i]);
     store_as<uint16_t>(out + 2 * i, half);
     decoded[i] = Format::load(half);
@@ -200,7 +210,7 @@ void decode_into(const DecodeCall& call) {
         decoded[i] = Format::load(load_as<Stored>(from + i * sizeof(Stored)));
       }
     } else {
-      decode_block(e, call.bytes, at, n, decoded);
+      decode_block(e, call.bytes, at, n, Put<false, false>{}, decoded);
     }
     for (std::size_t i = 0; i < n; ++i) {
       out[i] = Format::store(Add ? Format::load(out[i]) + decoded[i] : decoded[i]);

@@ -70,13 +70,6 @@ void gather_all(const Work& work, const Segment& segment, std::uint64_t at, std:
   }
 }
 
-/// grad = grad * scale, or grad + other * scale.
-template <bool Scaled>
-void add_decoded(const float* __restrict other, float scale, std::size_t n,
-                 float* __restrict grad) {
-  for (std::size_t i = 0; i < n; ++i) grad[i] += Scaled ? other[i] * scale : other[i];
-}
-
 inline void multiply(float factor, std::size_t n, float* __restrict grad) {
   for (std::size_t i = 0; i < n; ++i) grad[i] *= factor;
 }
@@ -85,17 +78,12 @@ inline void multiply(float factor, std::size_t n, float* __restrict grad) {
 template <bool Scaled>
 void gather_coded(const Work& work, const Segment& segment, std::uint64_t at, std::size_t n,
                   float* grad) {
-  alignas(64) float decoded[kBlock];
   const std::uint64_t first = at - segment.begin;
   for (std::uint32_t k = 0; k < work.slot_count; ++k) {
     const auto* bytes = at_byte<std::uint8_t>(work.slots[k], segment.encoded);
     const float scale = Scaled ? work.scales[k] : 1.0f;
-    decode_block(segment.encoding, bytes, first, n, k == 0 ? grad : decoded);
-    if (k != 0) {
-      add_decoded<Scaled>(decoded, scale, n, grad);
-    } else if (Scaled) {
-      multiply(scale, n, grad);
-    }
+    k == 0 ? decode_block(segment.encoding, bytes, first, n, Put<false, Scaled>{scale}, grad)
+           : decode_block(segment.encoding, bytes, first, n, Put<true, Scaled>{scale}, grad);
   }
   if (const float factor = work.factor; factor != 1.0f) multiply(factor, n, grad);
 }

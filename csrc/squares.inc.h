@@ -38,7 +38,8 @@ void add_squares(const typename Format::Stored* source, std::size_t n, double* _
   }
 }
 
-inline double sum_of(double* lanes) {
+template <class Real>
+Real sum_of(Real* lanes) {
   for (std::size_t width = kLanes / 2; width > 0; width /= 2) {
     for (std::size_t k = 0; k < width; ++k) lanes[k] += lanes[k + width];
   }

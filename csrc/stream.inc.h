@@ -49,8 +49,14 @@ inline bool stream(const Streams& streams, std::uint64_t begin, std::uint64_t en
   }
 }
 
-/// A cache line in registers.
+/// A register of this target.
+#if defined(__AVX512F__)
 using Line = std::uint32_t __attribute__((vector_size(64)));
+#elif defined(__AVX2__)
+using Line = std::uint32_t __attribute__((vector_size(32)));
+#else
+using Line = std::uint32_t __attribute__((vector_size(16)));
+#endif
 
 inline void move(const Moves& moves, std::uint64_t begin, std::uint64_t end) {
   for (std::uint64_t unit = begin; unit < end; ++unit) {

@@ -28,14 +28,11 @@ struct E4m3 {
     return magnitude < kNormal ? subnormal : normal;
   }
 
+  /// Adds 20 random bits below the last that stays. Subnormals become fixed point with as many.
   static ZPS_HD uint32_t stochastic(uint32_t magnitude, uint32_t random) {
-    const uint32_t normal = (magnitude - kExponents + (random >> 12)) >> 20;
-    const float units = float_of(magnitude) * 512.0f;
-    const float held = units < 8.0f ? units : 8.0f;
-    const int32_t below = static_cast<int32_t>(held);
-    const bool up = unit(random) < held - static_cast<float>(below);
-    const uint32_t subnormal = static_cast<uint32_t>(below + (up ? 1 : 0));
-    return magnitude < kNormal ? subnormal : normal;
+    const uint32_t subnormal = bits_of(float_of(magnitude) + float_of(kNormal)) - kNormal;
+    const uint32_t fine = magnitude < kNormal ? subnormal : magnitude - kExponents;
+    return (fine + (random >> 12)) >> 20;
   }
 };
 
