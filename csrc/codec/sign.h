@@ -14,7 +14,10 @@ struct Onebit {
   }
 
   /// A bit as a factor of the scale.
-  static ZPS_HD int32_t level(uint8_t code) { return 1 - 2 * code; }
+  template <class Int>
+  static ZPS_HD Int level(Int code) {
+    return 1 - 2 * code;
+  }
 };
 
 struct Ternary {

@@ -27,16 +27,24 @@ struct Quantised {
   float value;  // what the code decodes to
 };
 
+// A code's level is the factor of the step that it stands for; Int is int32_t or a vector of them.
+
 struct Int8Code {
   static constexpr int32_t kLevels = 127;
   static ZPS_HD uint8_t of(int32_t level) { return static_cast<uint8_t>(level); }
-  static ZPS_HD int32_t level(uint8_t code) { return static_cast<int8_t>(code); }
+  template <class Int>
+  static ZPS_HD Int level(Int code) {
+    return (code ^ 0x80) - 0x80;
+  }
 };
 
 struct Int4Code {
   static constexpr int32_t kLevels = 7;
   static ZPS_HD uint8_t of(int32_t level) { return static_cast<uint8_t>(level + 8); }
-  static ZPS_HD int32_t level(uint8_t code) { return static_cast<int32_t>(code) - 8; }
+  template <class Int>
+  static ZPS_HD Int level(Int code) {
+    return code - 8;
+  }
 };
 
 struct TernaryCode {
@@ -45,7 +53,10 @@ struct TernaryCode {
     return static_cast<uint8_t>((level & 1) + (level < 0 ? 1 : 0));
   }
   /// 3, which nobody writes, is 0.
-  static ZPS_HD int32_t level(uint8_t code) { return (code & 1) - (code >> 1); }
+  template <class Int>
+  static ZPS_HD Int level(Int code) {
+    return (code & 1) - (code >> 1);
+  }
 };
 
 template <class Code>
