@@ -128,22 +128,48 @@ using Floats = float __attribute__((vector_size(32)));
 constexpr Ints kLane = {0, 1, 2, 3, 4, 5, 6, 7};
 #endif
 
+// Lane i of what spread returns holds the i-th code from here in its lowest bits.
+
 ZPS_HD Ints spread(Nibbles, const uint8_t* packed) {
   const Ints low = Ints{} + load_as<int32_t>(packed);
-  if constexpr (kWide == 8) return low >> 4 * kLane & 15;
+  if constexpr (kWide == 8) return low >> 4 * kLane;
   const Ints high = Ints{} + load_as<int32_t>(packed + kWide / 2 - 4);
-  return (kLane < 8 ? low : high) >> (4 * (kLane & 7)) & 15;
+  return (kLane < 8 ? low : high) >> (4 * (kLane & 7));
 }
 
 ZPS_HD Ints spread(Pairs, const uint8_t* packed) {
   const int32_t word = kWide == 16 ? load_as<int32_t>(packed) : load_as<uint16_t>(packed);
-  return (Ints{} + word) >> 2 * kLane & 3;
+  return (Ints{} + word) >> 2 * kLane;
 }
 
 ZPS_HD Ints spread(Bits, const uint8_t* packed) {
   const int32_t word = kWide == 16 ? load_as<uint16_t>(packed) : *packed;
-  return (Ints{} + word) >> kLane & 1;
+  return (Ints{} + word) >> kLane;
 }
+
+/// What every code of a run decodes to: the same product as anywhere else.
+template <class Code, class Group>
+struct Values {
+  static constexpr int32_t kMask = (1 << 8 / Group::kCodes) - 1;
+
+  ZPS_HD explicit Values(float scale) : scale_(scale), table_(of(kLane, scale)) {}
+
+  ZPS_HD Floats operator()(Ints codes) const {
+#if defined(__AVX512F__) && !defined(__clang__)
+    return __builtin_shuffle(table_, codes);  // looks at 4 bits; the table repeats itself
+#else
+    return of(codes, scale_);
+#endif
+  }
+
+ private:
+  static ZPS_HD Floats of(Ints codes, float scale) {
+    return __builtin_convertvector(Code::level(codes & kMask), Floats) * scale;
+  }
+
+  float scale_;
+  Floats table_;
+};
 
 /// A whole block of scratch.
 template <class Code, class Group, class Sink>
@@ -154,10 +180,9 @@ void decode_wide(const Encoding& e, const uint8_t* bytes, uint64_t at, const Sin
   const unsigned shift = e.shift < kBlockShift ? e.shift : kBlockShift;
   const std::size_t block = std::size_t{1} << shift;
   for (std::size_t first = 0; first < kBlock; first += block) {
-    const float scale = load_as<float>(bytes + 4 * ((at + first) >> e.shift));
+    const Values<Code, Group> values(load_as<float>(bytes + 4 * ((at + first) >> e.shift)));
     for (std::size_t i = first; i < first + block; i += kWide) {
-      const Ints levels = Code::level(spread(Group{}, codes + i / Group::kCodes));
-      put.wide(out + i, __builtin_convertvector(levels, Floats) * scale);
+      put.wide(out + i, values(spread(Group{}, codes + i / Group::kCodes)));
     }
   }
 }
