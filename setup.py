@@ -20,9 +20,9 @@ FLAGS += ["-fno-trapping-math", "-g0", "-Wall", "-Wextra"]  # -g0: a tenth of th
 # Each set of kernels is one object with its own flags; the rest runs on any CPU.
 TARGETS = {"csrc/kernels_base.cpp": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    TARGETS["csrc/kernels_avx2.cpp"] = ["-mavx2"]
+    TARGETS["csrc/kernels_avx2.cpp"] = ["-mavx2", "-mf16c"]
     TARGETS["csrc/kernels_avx512.cpp"] = [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"),
         "-mprefer-vector-width=512",
     ]
 

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "codec/encoding.h"
 #include "core/dispatch.h"
 #include "core/engine.h"
 #include "core/job.h"
@@ -46,9 +47,11 @@ void bind_engine(py::module_& m) {
 
   py::class_<Job>(m, "Job")
       .def(py::init([](int rule, int dtype, std::uint32_t hyper_count, Address segments,
-                       std::size_t segment_count, Address weights, Address master, Address seq) {
+                       Address codecs, Address encoded, std::size_t segment_count, Address weights,
+                       Address master, Address seq) {
         return new Job(static_cast<Rule>(rule), static_cast<Dtype>(dtype), hyper_count,
-                       at<const Segment>(segments), segment_count, weights, master, seq);
+                       at<const Place>(segments), at<const Codec>(codecs),
+                       at<const std::uint64_t>(encoded), segment_count, weights, master, seq);
       }))
       .def("set_round",
            [](Job& job, std::vector<Address> states, std::vector<Address> slots,
@@ -74,12 +77,52 @@ void bind_engine(py::module_& m) {
           return norm_sq(pool, kernels_of(isa), jobs);
         },
         NoGil());
-  m.def("encode",
+  m.def("copy",
         [](Address source, Address out, std::uint64_t n, int dtype, std::size_t isa) {
-          return kernels_of(isa).encode(at<const void>(source), at<void>(out), n,
-                                        static_cast<Dtype>(dtype));
+          return kernels_of(isa).copy(at<const void>(source), at<void>(out), n,
+                                      static_cast<Dtype>(dtype));
         },
         NoGil());
+}
+
+void bind_codecs(py::module_& m) {
+  py::class_<Encoding>(m, "Encoding")
+      .def(py::init([](Address codec, std::uint64_t n, std::uint64_t itemsize) {
+        return encoding_of(*at<const Codec>(codec), n, itemsize);
+      }))
+      .def_readonly("nbytes", &Encoding::nbytes)
+      .def_readonly("k", &Encoding::k);
+
+  m.def("encode",
+        [](const Encoding& encoding, int dtype, Address source, Address sent, Address residual_in,
+           Address residual_out, float residual_factor, std::uint64_t seed, Address out,
+           std::size_t isa) {
+          return encode(kernels_of(isa),
+                        {encoding, static_cast<Dtype>(dtype), at<const void>(source),
+                         at<void>(sent), at<const float>(residual_in), at<float>(residual_out),
+                         residual_factor, seed, at<std::uint8_t>(out), nullptr});
+        },
+        NoGil());
+  m.def("decode",
+        [](const Encoding& encoding, Address bytes, Address out, int dtype, bool add,
+           std::size_t isa) {
+          decode(kernels_of(isa), {encoding, at<const std::uint8_t>(bytes), at<void>(out),
+                                   static_cast<Dtype>(dtype), add});
+        },
+        NoGil());
+  m.def("check",
+        [](const Encoding& encoding, Address bytes) {
+          return check(encoding, at<const void>(bytes));
+        },
+        NoGil());
+}
+
+using Widths = std::vector<std::pair<Address, std::size_t>>;
+
+int fill(const Widths& widths, Moves::Stream* streams) {
+  if (widths.size() > Moves::kMost) throw std::invalid_argument("too many streams");
+  for (const auto& [address, unit] : widths) *streams++ = {at<std::uint8_t>(address), unit};
+  return static_cast<int>(widths.size());
 }
 
 void bind_roofline(py::module_& m) {
@@ -96,6 +139,15 @@ void bind_roofline(py::module_& m) {
           std::transform(reads.begin(), reads.end(), streams.reads, at<const float>);
           std::transform(writes.begin(), writes.end(), streams.writes, at<float>);
           stream(pool, kernels_of(isa), streams, n);
+        },
+        NoGil());
+  m.def("move",
+        [](Pool& pool, const Widths& reads, const Widths& writes, std::uint64_t units,
+           std::size_t isa) {
+          Moves moves{};
+          moves.read_count = fill(reads, moves.reads);
+          moves.write_count = fill(writes, moves.writes);
+          move(pool, kernels_of(isa), moves, units);
         },
         NoGil());
 }
@@ -160,6 +212,7 @@ void bind_facts(py::module_& m) {
 
 PYBIND11_MODULE(_core, m) {
   zps::bind_engine(m);
+  zps::bind_codecs(m);
   zps::bind_roofline(m);
   zps::bind_words(m);
   zps::bind_facts(m);

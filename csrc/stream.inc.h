@@ -49,4 +49,35 @@ inline bool stream(const Streams& streams, std::uint64_t begin, std::uint64_t en
   }
 }
 
+/// A register of this target.
+#if defined(__AVX512F__)
+using Line = std::uint32_t __attribute__((vector_size(64)));
+#elif defined(__AVX2__)
+using Line = std::uint32_t __attribute__((vector_size(32)));
+#else
+using Line = std::uint32_t __attribute__((vector_size(16)));
+#endif
+
+inline void move(const Moves& moves, std::uint64_t begin, std::uint64_t end) {
+  for (std::uint64_t unit = begin; unit < end; ++unit) {
+    Line sum = {};
+    for (int k = 0; k < moves.read_count; ++k) {
+      const std::size_t bytes = moves.reads[k].unit;
+      const std::uint8_t* from = moves.reads[k].bytes + unit * bytes;
+      for (std::size_t i = 0; i < bytes; i += sizeof(Line)) {
+        Line line;
+        __builtin_memcpy(&line, from + i, sizeof line);
+        sum ^= line;
+      }
+    }
+    for (int k = 0; k < moves.write_count; ++k) {
+      const std::size_t bytes = moves.writes[k].unit;
+      std::uint8_t* to = moves.writes[k].bytes + unit * bytes;
+      for (std::size_t i = 0; i < bytes; i += sizeof(Line)) {
+        __builtin_memcpy(to + i, &sum, sizeof sum);
+      }
+    }
+  }
+}
+
 }  // namespace zps::ZPS_TARGET

@@ -19,6 +19,8 @@ class Job:
         dtype: int,
         hyper_count: int,
         segments: int,
+        codecs: int,
+        encoded: int,
         segment_count: int,
         weights: int,
         master: int,
@@ -43,9 +45,42 @@ class Job:
 def apply(pool: Pool, jobs: Sequence[Job], isa: int, /) -> None: ...
 def reduce(pool: Pool, jobs: Sequence[Job], outs: Sequence[int], isa: int, /) -> None: ...
 def norm_sq(pool: Pool, jobs: Sequence[Job], isa: int, /) -> float: ...
-def encode(source: int, out: int, n: int, dtype: int, isa: int, /) -> float: ...
+def copy(source: int, out: int, n: int, dtype: int, isa: int, /) -> float: ...
+
+class Encoding:
+    def __init__(self, codec: int, n: int, itemsize: int, /) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def k(self) -> int: ...
+
+def encode(
+    encoding: Encoding,
+    dtype: int,
+    source: int,
+    sent: int,
+    residual_in: int,
+    residual_out: int,
+    residual_factor: float,
+    seed: int,
+    out: int,
+    isa: int,
+    /,
+) -> float: ...
+def decode(
+    encoding: Encoding, source: int, out: int, dtype: int, add: bool, isa: int, /
+) -> None: ...
+def check(encoding: Encoding, source: int, /) -> str | None: ...
 def stream(
     pool: Pool, reads: Sequence[int], writes: Sequence[int], n: int, block: int, isa: int, /
+) -> None: ...
+def move(
+    pool: Pool,
+    reads: Sequence[tuple[int, int]],
+    writes: Sequence[tuple[int, int]],
+    units: int,
+    isa: int,
+    /,
 ) -> None: ...
 def wait(
     signal: int,

@@ -29,6 +29,30 @@ _ITEMSIZE = (4, 2, 2)
 #: A piece of a parameter inside a bucket; `begin` counts elements from the bucket's first.
 SEGMENT = np.dtype([("begin", "<u8"), ("count", "<u8"), ("group", "<u4"), ("param", "<u4")])
 
+#: The codecs' ids. `none` is the values as they are.
+KIND = {
+    name: i
+    for i, name in enumerate(
+        ("none", "fp16", "bf16", "fp8", "int8", "int4", "onebit", "ternary", "topk", "randk")
+    )
+}
+
+#: Bits of a codec's flags: what is lost is fed back; rounding is stochastic; topk always finds all
+#: of the k largest; topk's values are float16.
+FEEDBACK, STOCHASTIC, EXACT, HALF_VALUES = 1, 2, 4, 8
+
+#: A codec and its options. `kind` from KIND, `block` a power of two from 16 to 4096 where there are
+#: scales, `ratio` in (0, 1] for topk and randk; what a codec does not use is not looked at.
+CODEC = np.dtype(
+    [
+        ("kind", "<u4"),
+        ("block", "<u4"),
+        ("flags", "<u4"),
+        ("reserved", "<u4"),
+        ("ratio", "<f8"),
+    ]
+)
+
 MAX_THREADS = 512
 
 _FLOAT64, _INT64 = np.dtype(np.float64), np.dtype(np.int64)
@@ -115,13 +139,15 @@ class Job:
 
     rule         kernel id, from RULES
     segments     (k,) SEGMENT, disjoint
-    grad_dtype   of slots, published weights and base, from DTYPE
+    grad_dtype   of published weights, base, and slots where they are not coded, from DTYPE
     weights_ptr  published weights
     master_ptr   float32 weights; weights_ptr itself when grad_dtype is float32
     state_ptrs   float32 each, in the order of RULES[...].states; 0 for one the options switch off
     seq_ptr      uint64 seqlock word: odd while weights are written, version * 2 after; or 0
+    codecs       (k,) CODEC, how every slot holds each segment; None: none of them is coded
+    encoded      (k,) uint64, bytes from a slot's first to each segment; goes with codecs
 
-    slots        addresses of the contributions, added in this order
+    slots        addresses of the contributions, added in this order; coded ones may hold any bytes
     scales       weight of each; empty: all 1
     divisor      the sum is divided by it (by every rule but sum, assign and add)
     hypers       (groups, columns) float64
@@ -139,6 +165,8 @@ class Job:
     master_ptr: int
     state_ptrs: Sequence[int] = ()
     seq_ptr: int = 0
+    codecs: NDArray[np.void] | None = None
+    encoded: NDArray[np.uint64] | None = None
 
     slots: Sequence[int] = ()
     scales: Sequence[float] = ()
@@ -175,6 +203,7 @@ class Job:
             raise ValueError("float32 weights are their own master: master_ptr must be weights_ptr")
         if self.seq_ptr:
             _check_pointer(self.seq_ptr, 8, "seq_ptr")
+        self._check_codecs(itemsize)
         self.elements = int(ends.max(initial=0))
         self._groups = 1 + int(self.segments["group"].max(initial=0))
         self._params = 1 + int(self.segments["param"].max(initial=0))
@@ -183,11 +212,24 @@ class Job:
             self.grad_dtype,
             len(facts.hypers),
             _address(self.segments),
+            0 if self.codecs is None else _address(self.codecs),
+            0 if self.encoded is None else _address(self.encoded),
             len(self.segments),
             self.weights_ptr,
             self.master_ptr,
             self.seq_ptr,
         )
+
+    def _check_codecs(self, itemsize: int) -> None:
+        if self.codecs is None and self.encoded is None:
+            return
+        shape = self.segments.shape
+        _check_array(self.codecs, CODEC, shape, "codecs")
+        _check_array(self.encoded, _UINT64, shape, "encoded")
+        assert self.codecs is not None
+        assert self.encoded is not None
+        if (self.encoded[self.codecs["kind"] == KIND["none"]] % itemsize).any():
+            raise ValueError(f"a segment that is not coded lies at a multiple of {itemsize} bytes")
 
     def _load(self) -> _core.Job:
         """Check the round's fields and hand them to the core."""
@@ -269,15 +311,159 @@ def encode(
     """
     _check_pointer(dst_ptr, _ITEMSIZE[dtype], "dst_ptr")
     _check_pointer(src_ptr, _ITEMSIZE[dtype], "src_ptr")
-    sum_sq = _core.encode(src_ptr, dst_ptr, n, dtype, _place(isa))
+    sum_sq = _core.copy(src_ptr, dst_ptr, n, dtype, _place(isa))
     return sum_sq, math.isfinite(sum_sq)
 
 
 def inspect(src_ptr: int, n: int, dtype: int, isa: str | None = None) -> tuple[float, bool]:
     """What `encode` returns, without the copy: for gradients written in place."""
     _check_pointer(src_ptr, _ITEMSIZE[dtype], "src_ptr")
-    sum_sq = _core.encode(src_ptr, 0, n, dtype, _place(isa))
+    sum_sq = _core.copy(src_ptr, 0, n, dtype, _place(isa))
     return sum_sq, math.isfinite(sum_sq)
+
+
+class Encoding:
+    """How one piece is encoded, all of which follows from its codec and its length.
+
+    codec    a record of CODEC
+    n        elements; fewer than 2**32 for topk and randk
+    dtype    of the piece's parameter, from DTYPE
+    Holds `nbytes`, the bytes of the encoded piece, and `k`, the entries that topk and randk have
+    room for. Raises ValueError for options out of their range.
+    """
+
+    __slots__ = ("_dtype", "_encoding", "_feedback", "_itemsize", "_kind", "k", "n", "nbytes")
+
+    def __init__(self, codec: np.void, n: int, dtype: int):
+        record = np.array(codec, CODEC)
+        if not 0 <= n < 2**48:
+            raise ValueError(f"a piece has 0 to 2**48 elements, not {n}")
+        _check_dtype(dtype)
+        self.n = n
+        self._dtype = dtype
+        self._itemsize = _ITEMSIZE[dtype]
+        self._kind = int(record["kind"])
+        self._feedback = bool(record["flags"] & FEEDBACK)
+        self._encoding = _core.Encoding(_address(record), n, self._itemsize)
+        self.nbytes = self._encoding.nbytes
+        self.k = self._encoding.k
+
+    def encode(
+        self,
+        grad_ptr: int,
+        out_ptr: int,
+        *,
+        residual_in_ptr: int = 0,
+        residual_out_ptr: int = 0,
+        residual_factor: float = 1.0,
+        seed: int = 0,
+        isa: str | None = None,
+    ) -> tuple[float, bool]:
+        """Encode v = gradient + residual_factor * residual_in in one pass; keep what is lost.
+
+        grad_ptr          n elements of the piece's dtype
+        out_ptr           `nbytes` bytes, aligned to 8
+        residual_in_ptr   n float32, unchanged; 0: nothing was lost before
+        residual_out_ptr  n float32 that do not overlap residual_in: v - decoded; 0: not kept
+        seed              of stochastic rounding and of randk's choice, below 2**64
+        Returns what `inspect` returns for the gradient, bit for bit. With a gradient that is not
+        finite, output and residual_out hold nothing of use, but are safe to decode.
+        Residuals are refused for a codec without FEEDBACK. The result does not depend on the
+        instruction set.
+        """
+        self._check_residuals(residual_in_ptr, residual_out_ptr)
+        _check_pointer(grad_ptr, self._itemsize, "grad_ptr")
+        if self._kind == KIND["none"]:
+            return encode(grad_ptr, out_ptr, self.n, self._dtype, isa)
+        return self._run(
+            grad_ptr, 0, residual_in_ptr, residual_out_ptr, residual_factor, seed, out_ptr, isa
+        )
+
+    def encode_delta(
+        self, now_ptr: int, sent_ptr: int, out_ptr: int, *, seed: int = 0, isa: str | None = None
+    ) -> tuple[float, bool]:
+        """Encode now - sent, and add what was encoded to sent: the other side's values.
+
+        now_ptr, sent_ptr   n elements of the piece's dtype
+        out_ptr             `nbytes` bytes, aligned to 8
+        What is lost stays in the difference, so no residual is needed. Whoever adds the decoded
+        piece to a copy of the old `sent` (`decode(..., add=True)`, same dtype) holds the new one,
+        bit for bit. Returns the sum of squares of the difference, and whether it is finite.
+        Not for `none`: send the values. randk wants FEEDBACK, or it oversteps.
+        """
+        if self._kind == KIND["none"]:
+            raise ValueError("codec none has no delta; send the values themselves")
+        _check_pointer(now_ptr, self._itemsize, "now_ptr")
+        _check_pointer(sent_ptr, self._itemsize, "sent_ptr")
+        return self._run(now_ptr, sent_ptr, 0, 0, 1.0, seed, out_ptr, isa)
+
+    def decode(
+        self,
+        src_ptr: int,
+        out_ptr: int,
+        *,
+        dtype: int | None = None,
+        add: bool = False,
+        isa: str | None = None,
+    ) -> None:
+        """Decode `nbytes` bytes into n elements of `dtype` (None: the piece's), or add to them.
+
+        Any bytes are safe. src_ptr may have any alignment. The sum is rounded once, from float32.
+        """
+        dtype = self._dtype if dtype is None else dtype
+        _check_dtype(dtype)
+        if self._kind == KIND["none"] and dtype != self._dtype:
+            raise ValueError("what is not coded is decoded in its own dtype only")
+        _check_pointer(src_ptr, 1, "src_ptr")
+        _check_pointer(out_ptr, _ITEMSIZE[dtype], "out_ptr")
+        _core.decode(self._encoding, src_ptr, out_ptr, dtype, add, _place(isa))
+
+    def check(self, src_ptr: int) -> str:
+        """What is wrong with `nbytes` bytes that nobody writes to any more; empty: nothing.
+
+        A piece without a fault names no element twice, and none outside of the piece.
+        """
+        _check_pointer(src_ptr, 1, "src_ptr")
+        return _core.check(self._encoding, src_ptr) or ""
+
+    def _check_residuals(self, residual_in_ptr: int, residual_out_ptr: int) -> None:
+        if not residual_in_ptr and not residual_out_ptr:
+            return
+        if not self._feedback:
+            raise ValueError("this codec was made without FEEDBACK, but a residual was given")
+        _check_pointer(residual_out_ptr, 4, "residual_out_ptr")
+        if residual_in_ptr:
+            _check_pointer(residual_in_ptr, 4, "residual_in_ptr")
+            if abs(residual_in_ptr - residual_out_ptr) < 4 * self.n:
+                raise ValueError("residual_in and residual_out overlap")
+
+    def _run(
+        self,
+        source_ptr: int,
+        sent_ptr: int,
+        residual_in_ptr: int,
+        residual_out_ptr: int,
+        residual_factor: float,
+        seed: int,
+        out_ptr: int,
+        isa: str | None,
+    ) -> tuple[float, bool]:
+        _check_pointer(out_ptr, 8, "out_ptr")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"a seed is from 0 to 2**64 - 1, not {seed}")
+        sum_sq = _core.encode(
+            self._encoding,
+            self._dtype,
+            source_ptr,
+            sent_ptr,
+            residual_in_ptr,
+            residual_out_ptr,
+            residual_factor,
+            seed,
+            out_ptr,
+            _place(isa),
+        )
+        return sum_sq, math.isfinite(sum_sq)
 
 
 def stream(
@@ -298,6 +484,25 @@ def stream(
     if n % 128:
         raise ValueError(f"n must be a multiple of 128, not {n}")
     _core.stream(pool._open(), read_ptrs, write_ptrs, n, block, _place(isa))
+
+
+def move(
+    pool: Pool,
+    reads: Sequence[tuple[int, int]],
+    writes: Sequence[tuple[int, int]],
+    units: int,
+    isa: str | None = None,
+) -> None:
+    """The roofline of codecs: read and write whole streams, each (address, bytes a unit).
+
+    Bytes a unit are multiples of 64; at most 8 streams are read and 8 written. What is written is
+    the exclusive or of the cache lines that were read.
+    """
+    for pointer, unit in (*reads, *writes):
+        _check_pointer(pointer, 1, "stream")
+        if unit < 0 or unit % 64:
+            raise ValueError(f"bytes a unit are a multiple of 64, not {unit}")
+    _core.move(pool._open(), reads, writes, units, _place(isa))
 
 
 def wait(
@@ -418,6 +623,11 @@ def _facts(kernel: int) -> RuleFacts:
 def _address(array: NDArray[np.generic]) -> int:
     address: int = array.__array_interface__["data"][0]
     return address
+
+
+def _check_dtype(dtype: int) -> None:
+    if dtype not in DTYPE.values():
+        raise ValueError(f"dtype {dtype} is none of {DTYPE}")
 
 
 def _check_pointer(address: int, alignment: int, what: str) -> None:

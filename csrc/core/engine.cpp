@@ -5,6 +5,7 @@
 #include <deque>
 #include <stdexcept>
 
+#include "codec/encoding.h"
 #include "core/float_mode.h"
 #include "core/seqlock.h"
 
@@ -23,6 +24,8 @@ constexpr std::uint64_t kChunk = 8 * kTile;  // large enough to hide the counter
 
 // Less than this is done before a sleeping helper would have woken.
 constexpr std::uint64_t kInline = 8 * kTile;
+
+constexpr std::uint64_t kMoved = 64;  // units of a Moves that a thread takes at a time
 
 void cut(std::uint32_t job, const Segment& segment, std::uint64_t size, Chunks& chunks) {
   const std::uint64_t end = segment.begin + segment.count;
@@ -79,6 +82,16 @@ void sweep(Pool& pool, const Chunks& chunks, const Visit& visit) {
   if (!chunks.empty()) Sweep<Visit>(chunks, visit).run(pool);
 }
 
+/// Calls visit(begin, end) for every chunk of [0, n).
+template <class Visit>
+void sweep_range(Pool& pool, std::uint64_t n, std::uint64_t size, const Visit& visit) {
+  Segment whole{};
+  whole.count = n;
+  Chunks chunks;
+  cut(0, whole, size, chunks);
+  sweep(pool, chunks, [&](std::size_t index) { visit(chunks[index].begin, chunks[index].end); });
+}
+
 /// Opens and closes one job's seqlock around all of its chunks.
 struct Guard {
   explicit Guard(Word64* word) : writer(word) {}
@@ -111,7 +124,7 @@ void reduce(Pool& pool, const Kernels& kernels, const Jobs& jobs, const std::vec
   const Chunks chunks = cut(jobs, kChunk);
   sweep(pool, chunks, [&](std::size_t index) {
     const Chunk& chunk = chunks[index];
-    kernels.reduce(jobs[chunk.job]->work(), chunk.begin, chunk.end, outs[chunk.job]);
+    kernels.reduce(jobs[chunk.job]->work(), *chunk.segment, chunk.begin, chunk.end, outs[chunk.job]);
   });
 }
 
@@ -121,7 +134,7 @@ double norm_sq(Pool& pool, const Kernels& kernels, const Jobs& jobs) {
   std::vector<double> partial(tiles.size());
   sweep(pool, tiles, [&](std::size_t index) {
     const Chunk& tile = tiles[index];
-    partial[index] = kernels.norm_sq(jobs[tile.job]->work(), tile.begin, tile.end);
+    partial[index] = kernels.norm_sq(jobs[tile.job]->work(), *tile.segment, tile.begin, tile.end);
   });
   double total = 0.0;
   for (const double sum : partial) total += sum;
@@ -132,12 +145,29 @@ void stream(Pool& pool, const Kernels& kernels, const Streams& streams, std::uin
   if (!kernels.stream(streams, 0, 0)) {
     throw std::invalid_argument("no stream kernel has this mix of reads and writes, or this block");
   }
-  Chunks chunks;
-  const Segment whole = {0, n, 0, 0};
-  cut(0, whole, kChunk, chunks);
-  sweep(pool, chunks, [&](std::size_t index) {
-    kernels.stream(streams, chunks[index].begin, chunks[index].end);
+  sweep_range(pool, n, kChunk, [&](std::uint64_t begin, std::uint64_t end) {
+    kernels.stream(streams, begin, end);
   });
+}
+
+void move(Pool& pool, const Kernels& kernels, const Moves& moves, std::uint64_t units) {
+  sweep_range(pool, units, kMoved, [&](std::uint64_t begin, std::uint64_t end) {
+    kernels.move(moves, begin, end);
+  });
+}
+
+double encode(const Kernels& kernels, EncodeCall call) {
+  const DefaultFloatMode mode;
+  thread_local std::vector<std::uint32_t> scratch;  // gradients come one after another
+  const std::uint64_t words = scratch_words(call.encoding);
+  if (scratch.size() < words) scratch.resize(words);
+  call.scratch = scratch.data();
+  return kernels.encode(call);
+}
+
+void decode(const Kernels& kernels, const DecodeCall& call) {
+  const DefaultFloatMode mode;
+  kernels.decode(call);
 }
 
 }  // namespace zps

@@ -25,4 +25,13 @@ double norm_sq(Pool& pool, const Kernels& kernels, const Jobs& jobs);
 /// Throws std::invalid_argument for a mix or block that was not compiled.
 void stream(Pool& pool, const Kernels& kernels, const Streams& streams, std::uint64_t n);
 
+/// The roofline of codecs: so many units of every stream.
+void move(Pool& pool, const Kernels& kernels, const Moves& moves, std::uint64_t units);
+
+/// Encodes one piece on the calling thread; fills in the call's scratch. See Kernels::encode.
+double encode(const Kernels& kernels, EncodeCall call);
+
+/// Decodes one piece on the calling thread.
+void decode(const Kernels& kernels, const DecodeCall& call);
+
 }  // namespace zps

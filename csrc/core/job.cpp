@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "codec/encoding.h"
 #include "optim/facts.h"
 
 namespace zps {
@@ -19,10 +20,17 @@ bool divides_exactly(float divisor) {
 
 }  // namespace
 
-Job::Job(Rule rule, Dtype dtype, std::uint32_t hyper_count, const Segment* segments,
-         std::size_t segment_count, std::uintptr_t weights, std::uintptr_t master,
-         std::uintptr_t seq)
-    : segments_(segments, segments + segment_count), seq_(reinterpret_cast<Word64*>(seq)) {
+Job::Job(Rule rule, Dtype dtype, std::uint32_t hyper_count, const Place* places,
+         const Codec* codecs, const std::uint64_t* encoded, std::size_t place_count,
+         std::uintptr_t weights, std::uintptr_t master, std::uintptr_t seq)
+    : seq_(reinterpret_cast<Word64*>(seq)) {
+  const std::uint64_t itemsize = dtype == Dtype::kF32 ? 4 : 2;
+  for (std::size_t i = 0; i < place_count; ++i) {
+    const Place& place = places[i];
+    const Codec codec = codecs != nullptr ? codecs[i] : Codec{};
+    const std::uint64_t byte = encoded != nullptr ? encoded[i] : place.begin * itemsize;
+    segments_.push_back({place, byte, encoding_of(codec, place.count, itemsize)});
+  }
   work_.rule = rule;
   work_.dtype = dtype;
   work_.hyper_count = hyper_count;

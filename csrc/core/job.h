@@ -25,9 +25,10 @@ class Job {
     std::uintptr_t base;
   };
 
-  Job(Rule rule, Dtype dtype, std::uint32_t hyper_count, const Segment* segments,
-      std::size_t segment_count, std::uintptr_t weights, std::uintptr_t master,
-      std::uintptr_t seq);
+  /// codecs and encoded are one a place; nullptr: nothing is coded, and slots lie as weights do.
+  Job(Rule rule, Dtype dtype, std::uint32_t hyper_count, const Place* places,
+      const Codec* codecs, const std::uint64_t* encoded, std::size_t place_count,
+      std::uintptr_t weights, std::uintptr_t master, std::uintptr_t seq);
   Job(const Job&) = delete;  // work_ points into the vectors
   Job& operator=(const Job&) = delete;
 

@@ -35,3 +35,31 @@ def test_a_mix_that_was_not_compiled_is_refused(reads, block):
     some = Block(np.zeros(128, np.float32))
     with pytest.raises(ValueError, match="stream kernel"):
         native.stream(native.Pool(1), [some.address] * reads, [some.address] * 2, 128, block)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_is_moved_is_the_exclusive_or_of_what_was_read(isa):
+    units, rng = 100, np.random.default_rng(0)
+    sources = [Block(rng.integers(0, 256, units * unit).astype(np.uint8)) for unit in (64, 192)]
+    targets = [Block(np.zeros(units * unit, np.uint8)) for unit in (128, 64)]
+    reads, writes = (
+        [(block.address, len(block.values) // units) for block in blocks]
+        for blocks in (sources, targets)
+    )
+    native.move(native.Pool(2), reads, writes, units, isa)
+    register = {"avx512": 64, "avx2": 32}.get(isa, 16)
+    read = np.concatenate([s.values.reshape(units, -1) for s in sources], axis=1)
+    expected = np.bitwise_xor.reduce(read.reshape(units, -1, register), axis=1)
+    for target in targets:
+        got = target.values.reshape(units, -1, register)
+        np.testing.assert_array_equal(got, np.broadcast_to(expected[:, None], got.shape))
+        target.check_guards()
+
+
+@pytest.mark.parametrize(
+    ("streams", "text"),
+    [([(0, 64)], "null"), ([(64, 65)], "multiple of 64"), ([(64, 64)] * 9, "too many")],
+)
+def test_streams_that_cannot_be_moved_are_refused(streams, text):
+    with pytest.raises(ValueError, match=text):
+        native.move(native.Pool(1), streams, [], 0)
