@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.text import Text
 
 from zps.config import Settings, variable
 from zps.errors import ConfigError, ZpsError
+
+if TYPE_CHECKING:
+    from zps.launch.sizes import Sizes
 
 __all__ = ["app", "main"]
 
@@ -156,7 +159,17 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command()
-def config(as_json: Json = False, set_: Set = None) -> None:
+def config(
+    as_json: Json = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FACTORY",
+            help="module.path:factory or script.py:Net; show what its rounds weigh, too.",
+        ),
+    ] = None,
+    set_: Set = None,
+) -> None:
     """Show every setting: its value, where that came from, and what it means."""
     settings = Settings.load(**_chosen(set_))
     rows = [
@@ -169,8 +182,10 @@ def config(as_json: Json = False, set_: Set = None) -> None:
         }
         for name, field in Settings.model_fields.items()
     ]
+    sizes = None if model is None else _sizes(model, settings)
     if as_json:
-        print(json.dumps(rows, indent=2, default=str))
+        found = rows if sizes is None else {"settings": rows, "model": sizes.to_json()}
+        print(json.dumps(found, indent=2, default=str))
         return
     table = Table("setting", "value", "source", "help", title="zps config", title_justify="left")
     for row in rows:
@@ -178,6 +193,19 @@ def config(as_json: Json = False, set_: Set = None) -> None:
         style = None if row["source"] == "default" else "bold"
         table.add_row(row["setting"], value, row["source"], row["help"], style=style)
     _console().print(table)
+    if sizes is not None:
+        from zps.launch.sizes import render
+
+        _console().print(render(sizes))
+        for warning in sizes.warnings:
+            _say("zps config")(f"warning: {warning}")
+
+
+def _sizes(model: str, settings: Settings) -> Sizes:
+    from zps.launch.factory import load_model
+    from zps.launch.sizes import measure
+
+    return measure(load_model(model), settings)
 
 
 def _chosen(pairs: list[str] | None, **options: Any) -> dict[str, Any]:
