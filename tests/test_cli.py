@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from zps import native
+
 #: An address makes `zps launch` use that hub: these workers never talk to one.
 NO_HUB = {"ZPS_HUB": "tcp://127.0.0.1:9"}
 TELL = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['ZPS_RANK']]))"
@@ -273,6 +275,44 @@ def test_config_shows_where_a_codec_is_misspelt() -> None:
     lines = result.stderr.splitlines()
     assert lines[0].startswith("zps: error: ZPS_COMPRESSION: there is no codec 'nnone'")
     assert lines[1].index("nnone") == lines[2].index("^")
+
+
+# tune
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["missing.py"], "there is no script 'missing.py'"),
+        (["--bandwidth", "fast", "train.py"], "--bandwidth fast: write it as 10Gbit/s"),
+        (["--try", "int8", "--try", "int9", "train.py"], "did you mean 'int8'?"),
+        (["--set", "mod=bsp", "train.py"], "did you mean mode?"),
+    ],
+)
+def test_tune_finds_a_mistake_before_it_runs_the_script(args: list[str], text: str) -> None:
+    script("train.py", "open('ran', 'w')")
+    result = zps("tune", *args)
+    assert result.returncode == 2
+    assert text in result.stderr
+    assert not Path("ran").exists()
+
+
+@pytest.mark.skipif(not hasattr(native, "Encoding"), reason="the kernels of codecs are not there")
+def test_tune_measures_a_scripts_gradients_and_advises(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch\n"
+        "model = torch.nn.Linear(100, 100); opt = torch.optim.SGD(model.parameters())\n"
+        "while True:\n"
+        "    opt.zero_grad(); model(torch.randn(8, 100)).square().sum().backward(); opt.step()\n"
+    )
+    options = ["--bandwidth", "1Mbit/s", "--try", "int8", "--try", "onebit", "--plot", "tune.svg"]
+    arguments = [script("train.py", code), "--bandwidth", "x"]
+    result = zps("tune", *options, *arguments, ZPS_RUNTIME_DIR=str(tmp_path / "r"))
+    assert result.returncode == 0, result.stderr
+    assert "\nZPS_COMPRESSION=int8\n" in result.stdout
+    assert Path("tune.svg").exists()
+    found = json.loads(zps("tune", "--json", *options, *arguments).stdout)
+    assert found["advice"]["compression"] == "int8"
 
 
 # doctor

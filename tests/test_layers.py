@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     ("zps",),
     ("cli",),
+    ("tuning",),
     ("launch",),
     ("monitor",),
     ("training",),

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -199,6 +200,58 @@ def config(
         _console().print(render(sizes))
         for warning in sizes.warnings:
             _say("zps config")(f"warning: {warning}")
+
+
+# As with launch, the script's own options are none of ours.
+@app.command(context_settings={"allow_interspersed_args": False})
+def tune(
+    script: Annotated[str, typer.Argument(help="The training script, or a module with -m.")],
+    args: Annotated[list[str] | None, typer.Argument(help="Its arguments, untouched.")] = None,
+    module: Annotated[bool, typer.Option("-m", "--module", help="SCRIPT is a module.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps whose gradients are used.")] = 8,
+    bandwidth: Annotated[
+        str | None, typer.Option(help="The hub's link, as 10Gbit/s; without it, shared memory.")
+    ] = None,
+    workers: Annotated[int, typer.Option("-n", "--workers", min=1, help="Who share it.")] = 1,
+    max_error: Annotated[float, typer.Option(min=0, help="Highest error of the sum.")] = 0.1,
+    candidates: Annotated[
+        list[str] | None, typer.Option("--try", help="A compression; repeat it for several.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Save a picture: .png, .svg, .pdf.")] = None,
+    as_json: Json = False,
+    set_: Set = None,
+) -> None:
+    """Measure compressions on a script's own gradients, and say which to set.
+
+    The script is run as a single worker, and stopped after a few steps.
+    """
+    from zps.codec.spec import Compression
+    from zps.tuning import capture, show
+    from zps.tuning.cost import Link
+    from zps.tuning.measure import CANDIDATES
+    from zps.tuning.runner import NativeRunner
+    from zps.tuning.tune import report_on
+
+    # All that can be wrong with the options, before minutes go into the script.
+    settings, link, say = Settings.load(**_chosen(set_)), Link.parse(bandwidth), _say("zps tune")
+    compressions = [Compression.parse(text) for text in candidates or CANDIDATES]
+    report = report_on(
+        capture.run(script, args or [], steps=steps, module=module),
+        compressions=compressions,
+        link=link,
+        workers=workers,
+        max_error=max_error,
+        settings=settings,
+        runner=NativeRunner(),
+        tell=lambda text: say(f"measuring {text}"),
+    )
+    if plot is not None:
+        show.plot(report, plot)
+    if as_json:
+        print(report.to_json())
+        return
+    _console().print(show.table(report))
+    print(f"{report.advice}\n{report.advice.reason}")
 
 
 def _sizes(model: str, settings: Settings) -> Sizes:

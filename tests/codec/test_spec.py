@@ -97,6 +97,7 @@ BAD = [
     ("topk:ratio=nan", "           ^", "'nan'", "above 0, at most 1"),
     ("topk:ratio=inf", "           ^", "'inf'", "above 0, at most 1"),
     ("topk:ratio=1e-999", "           ^", "'1e-999'", "above 0, at most 1"),
+    ("topk:ratio=0.1_0", "           ^", "'0.1_0'", "above 0, at most 1"),
     ("topk:value=fp8", "           ^", "'fp8'", "fp32 or fp16"),
     ("int8;\ta=none", "     ^", r"'\t' cannot be printed", "printable"),
     ("int8\n", "    ^", r"'\n' cannot be printed", "printable"),
