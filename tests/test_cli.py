@@ -6,8 +6,11 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from zps import native
 
 #: An address makes `zps launch` use that hub: these workers never talk to one.
 NO_HUB = {"ZPS_HUB": "tcp://127.0.0.1:9"}
@@ -176,6 +179,140 @@ def test_config_names_a_misspelt_variable() -> None:
     result = zps("config", ZPS_MODDE="ssp")
     assert result.returncode == 2
     assert result.stderr == ("zps: error: there is no variable ZPS_MODDE; did you mean ZPS_MODE?\n")
+
+
+NET = """
+import torch
+class Net(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Linear(64, 256), torch.nn.LayerNorm(256))
+        self.tied = self[0].weight
+def wide(): return torch.nn.Linear(4096, 1024, bias=False).bfloat16()
+def nothing(): return 3
+if __name__ == "__main__": raise SystemExit("ran")
+"""
+
+
+def sizes(factory: str, **environ: str) -> dict[str, Any]:
+    result = zps("config", "--json", "--model", factory, **environ)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)["model"]
+
+
+def test_config_shows_what_a_models_rounds_weigh() -> None:
+    found = sizes(
+        f"{script('net.py', NET)}:Net",
+        ZPS_COMPRESSION="int8; 0.*=bf16",
+        ZPS_COMPRESSION_MIN_BYTES="1024",
+        ZPS_PULL_COMPRESSION="fp16",
+    )
+    rows = {row["parameter"]: row for row in found["rows"]}
+    assert list(rows) == ["tied", "0.bias", "1.weight", "1.bias"]
+    assert rows["tied"] == {
+        "parameter": "tied",
+        "shape": [256, 64],
+        "dtype": "float32",
+        "codec": "int8",
+        "nbytes": 65536,
+        "encoded_nbytes": 16384 + 256,
+    }
+    assert (rows["0.bias"]["codec"], rows["0.bias"]["encoded_nbytes"]) == ("bf16", 512)
+    push, pull = found["push"], found["pull"]
+    assert (push["nbytes"], push["compression"]) == (65536 + 3 * 1024, "int8; 0.*=bf16")
+    assert push["encoded_nbytes"] == sum(-(-r["encoded_nbytes"] // 64) * 64 for r in rows.values())
+    assert pull["encoded_nbytes"] * 2 == pull["nbytes"]
+    assert found["residual_nbytes"] == 8 * (256 * 64 + 2 * 256)
+    assert found["warnings"] == []
+
+
+def test_a_module_on_the_path_and_tensors_too_small_to_compress() -> None:
+    script("mod.py", NET)
+    found = sizes("mod:wide", ZPS_COMPRESSION="int8")
+    assert found["rows"][0]["nbytes"] == 2 * 2**22
+    assert found["push"]["encoded_nbytes"] == 2**22 + 2**16
+    small = sizes("mod:Net", ZPS_COMPRESSION="int8")
+    assert [row["codec"] for row in small["rows"]] == ["int8", "none", "none", "none"]
+
+
+def test_a_pattern_without_a_parameter_is_a_warning() -> None:
+    environ = {"ZPS_COMPRESSION": "int8; lineer.*=none", "ZPS_PULL_COMPRESSION": "*.biass=bf16"}
+    result = zps("config", "--model", f"{script('net.py', NET)}:Net", **environ)
+    assert result.returncode == 0
+    assert [line for line in result.stderr.splitlines() if "zps config" in line] == [
+        "zps config: warning: ZPS_COMPRESSION: the pattern 'lineer.*' matches no parameter; "
+        "the nearest is 'tied'",
+        "zps config: warning: ZPS_PULL_COMPRESSION: the pattern '*.biass' matches no parameter; "
+        "the nearest is '1.bias'",
+    ]
+    assert "256 × 64" in result.stdout
+    assert "a round of one worker" in result.stdout
+    assert "ZPS_COMPRESSION" in "".join(sizes("net.py:Net", **environ)["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("factory", "text"),
+    [
+        ("net.py", "write it as module.path:factory"),
+        ("missing.py:Net", "there is no script 'missing.py'"),
+        ("no.such.module:Net", "no.such.module cannot be imported"),
+        ("net.py:Nett", "net.py has no 'Nett'; did you mean Net?"),
+        ("net.py:torch.nn.Linear", "it failed with TypeError"),
+        ("net.py:nothing", "it returned int, no nn.Module"),
+        ("net.py:__name__", "neither a class nor a function"),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_one_line_and_exit_code_2(factory: str, text: str) -> None:
+    script("net.py", NET)
+    result = zps("config", "--model", factory)
+    assert result.returncode == 2
+    assert text in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_config_shows_where_a_codec_is_misspelt() -> None:
+    result = zps("config", ZPS_COMPRESSION="int8; *.bias=nnone")
+    assert result.returncode == 2
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith("zps: error: ZPS_COMPRESSION: there is no codec 'nnone'")
+    assert lines[1].index("nnone") == lines[2].index("^")
+
+
+# tune
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["missing.py"], "there is no script 'missing.py'"),
+        (["--bandwidth", "fast", "train.py"], "--bandwidth fast: write it as 10Gbit/s"),
+        (["--try", "int8", "--try", "int9", "train.py"], "did you mean 'int8'?"),
+        (["--set", "mod=bsp", "train.py"], "did you mean mode?"),
+    ],
+)
+def test_tune_finds_a_mistake_before_it_runs_the_script(args: list[str], text: str) -> None:
+    script("train.py", "open('ran', 'w')")
+    result = zps("tune", *args)
+    assert result.returncode == 2
+    assert text in result.stderr
+    assert not Path("ran").exists()
+
+
+@pytest.mark.skipif(not hasattr(native, "Encoding"), reason="the kernels of codecs are not there")
+def test_tune_measures_a_scripts_gradients_and_advises(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch\n"
+        "model = torch.nn.Linear(100, 100); opt = torch.optim.SGD(model.parameters())\n"
+        "while True:\n"
+        "    opt.zero_grad(); model(torch.randn(8, 100)).square().sum().backward(); opt.step()\n"
+    )
+    options = ["--bandwidth", "1Mbit/s", "--try", "int8", "--try", "onebit", "--plot", "tune.svg"]
+    arguments = [script("train.py", code), "--bandwidth", "x"]
+    result = zps("tune", *options, *arguments, ZPS_RUNTIME_DIR=str(tmp_path / "r"))
+    assert result.returncode == 0, result.stderr
+    assert "\nZPS_COMPRESSION=int8\n" in result.stdout
+    assert Path("tune.svg").exists()
+    found = json.loads(zps("tune", "--json", *options, *arguments).stdout)
+    assert found["advice"]["compression"] == "int8"
 
 
 # doctor

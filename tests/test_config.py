@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zps.config import Settings, variable
+from zps.codec.spec import Compression
+from zps.config import MAX_CODECS_BYTES, Settings, variable
 from zps.errors import ConfigError
+from zps.wire.messages import SHARED_SETTINGS, Hello, encode
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +165,8 @@ def test_all_invalid_values_are_named_at_once() -> None:
         ("bucket_bytes", "-4MiB"),
         ("bucket_bytes", "4 potatoes"),
         ("bucket_bytes", True),
+        ("compression_min_bytes", -1),
+        ("compression", 8),
     ],
 )
 def test_a_value_out_of_range_is_refused(name: str, value: object) -> None:
@@ -170,8 +174,43 @@ def test_a_value_out_of_range_is_refused(name: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["compression", "pull_compression"])
-def test_an_unknown_codec_says_which_ones_there_are(name: str) -> None:
-    assert "must be 'none'" in message(**{name: "int8"})
+def test_a_mistake_in_a_codec_is_shown_with_a_caret_and_its_source(
+    name: str, tmp_path: Path
+) -> None:
+    shown = (
+        ": int8 has no option 'blok'; did you mean 'block'?\n"
+        "    a=int8:blok=64; b=none\n"
+        "           ^\n"
+        "expected an option of int8: block, ef, rounding ("
+    )
+    text = "a=int8:blok=64; b=none"
+    assert message({variable(name): text}).startswith(variable(name) + shown)
+    assert message(**{name: text}).startswith(name + shown)
+    (tmp_path / "zps.toml").write_text(f'{name} = "{text}"\n')
+    assert message().startswith(f"zps.toml: {name}{shown}")
+
+
+@pytest.mark.parametrize("codec", ["onebit", "ternary", "topk", "randk"])
+def test_weights_are_not_compressed_with_what_does_not_suit_them(codec: str) -> None:
+    assert load(compression=codec).compression == codec
+    text = message({"ZPS_PULL_COMPRESSION": f"bf16; w={codec}"})
+    assert text.startswith(f"ZPS_PULL_COMPRESSION: {codec} is not for weights: ")
+    assert "expected a codec: none, fp16, bf16, fp8, int8, int4 (" in text
+
+
+def test_compressions_that_do_not_fit_a_message_are_refused() -> None:
+    longest = "none; " + "x" * (MAX_CODECS_BYTES - 15) + "=int8"
+    settings = load(compression=longest, job="j" * 128)
+    shared = {name: getattr(settings, name) for name in SHARED_SETTINGS}
+    name = "n" * 64
+    hello = Hello(
+        protocol=1, job=settings.job, rank=0, world_size=2**16, incarnation=name, host=name * 2,
+        pid=2**31 - 1, settings=shared,
+    )  # fmt: skip
+    assert len(encode(hello)) <= 4096
+    assert "fit into a message" in message(compression=longest, pull_compression="int8:ef=false")
+    wide = "none; " + "é" * 1500 + "=int8"
+    assert "fit into a message" in message(compression=wide)
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
@@ -211,6 +250,23 @@ def test_optimizer_classes_are_import_paths() -> None:
         "pkg.Lamb",
         "other.mod.Sam",
     )
+
+
+def test_compression_is_kept_as_canonical_text_and_parsed_on_demand() -> None:
+    settings = load(
+        {"ZPS_COMPRESSION": " int8 : block=256,ef=true;*.bias = none "}, pull_compression="bf16"
+    )
+    assert settings.compression == "int8; *.bias=none"
+    assert settings.push_codecs == Compression.parse("int8; *.bias=none")
+    assert settings.pull_codecs == Compression.parse("bf16")
+    assert load().push_codecs == load().pull_codecs == Compression()
+    assert load(settings.to_env()).compression == settings.compression
+
+
+def test_small_tensors_are_measured_in_bytes() -> None:
+    assert load().compression_min_bytes == 4096
+    assert load({"ZPS_COMPRESSION_MIN_BYTES": "64KiB"}).compression_min_bytes == 65536
+    assert load(compression_min_bytes=0).compression_min_bytes == 0
 
 
 def test_only_the_drop_policy_has_a_limit_to_drop_over() -> None:

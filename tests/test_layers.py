@@ -20,17 +20,18 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     ("zps",),
     ("cli",),
+    ("tuning",),
     ("launch",),
     ("monitor",),
     ("training",),
     ("worker", "hub"),
-    ("codec",),
     ("optim",),
     ("wire",),
     ("memory",),
+    ("config",),
+    ("codec",),
     ("core",),
     ("native",),
-    ("config",),
     ("errors",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -131,6 +132,8 @@ def test_only_native_touches_the_compiled_modules(path: str) -> None:
         ("zps/errors.py", "from zps.config import Settings"),
         ("zps/launch/local.py", "from zps.cli import main"),
         ("zps/native.py", "from zps.lost import found"),
+        ("zps/codec/spec.py", "from zps.config import Settings"),
+        ("zps/core/layout.py", "from zps.codec.plan import Plan"),
     ],
 )
 def test_an_import_that_goes_up_is_found(path: str, source: str) -> None:
@@ -143,7 +146,9 @@ def test_an_import_that_goes_up_is_found(path: str, source: str) -> None:
         ("zps/core/rounds.py", "import math, torch\nfrom zps.errors import ZpsError"),
         ("zps/core/rounds.py", "from zps.core.layout import Layout\nfrom . import layout"),
         ("zps/hub/hub.py", "from zps.core.rounds import Rounds\nfrom zps import native"),
-        ("zps/native.py", "from zps import _core\nfrom zps.config import Settings"),
+        ("zps/native.py", "from zps import _core\nfrom zps.errors import UsageError"),
+        ("zps/config.py", "from zps.codec.spec import Compression"),
+        ("zps/codec/plan.py", "from zps.core.layout import Layout"),
         ("zps/__main__.py", "from zps.cli import main"),
         ("zps/__init__.py", "from zps.training.optimizer import Optimizer"),
     ],
@@ -161,6 +166,16 @@ def test_a_hub_never_imports_torch() -> None:
     hub = [module_of(path).removesuffix(".__init__") for path in FILES if "/hub/" in path]
     loaded = _modules_after(f"import {', '.join(hub)}")
     assert "zps.hub" in loaded
+    assert "torch" not in loaded
+
+
+def test_settings_and_codecs_never_import_torch() -> None:
+    rooms = ("/codec/", "/config.py")
+    paths = [path for path in FILES if any(room in f"/{path}" for room in rooms)]
+    loaded = _modules_after(
+        f"import {', '.join(module_of(path).removesuffix('.__init__') for path in paths)}"
+    )
+    assert {"zps.codec", "zps.config"} <= loaded
     assert "torch" not in loaded
 
 

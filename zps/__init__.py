@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zps.training.current import barrier, is_initialized, rank, stats, world_size
     from zps.training.lion import Lion
     from zps.training.optimizer import Optimizer
+    from zps.tuning.tune import tune
     from zps.worker.work import Work
     from zps.worker.worker import Worker
 
@@ -32,6 +33,7 @@ _HOMES = {
     "Work": "zps.worker.work",
     "Optimizer": "zps.training.optimizer",
     "Lion": "zps.training.lion",
+    "tune": "zps.tuning.tune",
     **dict.fromkeys(("init", "shutdown"), "zps.launch.job"),
     **dict.fromkeys(
         ("rank", "world_size", "barrier", "stats", "is_initialized"), "zps.training.current"
@@ -52,6 +54,7 @@ __all__ = [
     "rank",
     "shutdown",
     "stats",
+    "tune",
     "world_size",
 ]
 

@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +17,9 @@ from rich.text import Text
 
 from zps.config import Settings, variable
 from zps.errors import ConfigError, ZpsError
+
+if TYPE_CHECKING:
+    from zps.launch.sizes import Sizes
 
 __all__ = ["app", "main"]
 
@@ -156,7 +160,17 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command()
-def config(as_json: Json = False, set_: Set = None) -> None:
+def config(
+    as_json: Json = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FACTORY",
+            help="module.path:factory or script.py:Net; show what its rounds weigh, too.",
+        ),
+    ] = None,
+    set_: Set = None,
+) -> None:
     """Show every setting: its value, where that came from, and what it means."""
     settings = Settings.load(**_chosen(set_))
     rows = [
@@ -169,8 +183,10 @@ def config(as_json: Json = False, set_: Set = None) -> None:
         }
         for name, field in Settings.model_fields.items()
     ]
+    sizes = None if model is None else _sizes(model, settings)
     if as_json:
-        print(json.dumps(rows, indent=2, default=str))
+        found = rows if sizes is None else {"settings": rows, "model": sizes.to_json()}
+        print(json.dumps(found, indent=2, default=str))
         return
     table = Table("setting", "value", "source", "help", title="zps config", title_justify="left")
     for row in rows:
@@ -178,6 +194,71 @@ def config(as_json: Json = False, set_: Set = None) -> None:
         style = None if row["source"] == "default" else "bold"
         table.add_row(row["setting"], value, row["source"], row["help"], style=style)
     _console().print(table)
+    if sizes is not None:
+        from zps.launch.sizes import render
+
+        _console().print(render(sizes))
+        for warning in sizes.warnings:
+            _say("zps config")(f"warning: {warning}")
+
+
+# As with launch, the script's own options are none of ours.
+@app.command(context_settings={"allow_interspersed_args": False})
+def tune(
+    script: Annotated[str, typer.Argument(help="The training script, or a module with -m.")],
+    args: Annotated[list[str] | None, typer.Argument(help="Its arguments, untouched.")] = None,
+    module: Annotated[bool, typer.Option("-m", "--module", help="SCRIPT is a module.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps whose gradients are used.")] = 8,
+    bandwidth: Annotated[
+        str | None, typer.Option(help="The hub's link, as 10Gbit/s; without it, shared memory.")
+    ] = None,
+    workers: Annotated[int, typer.Option("-n", "--workers", min=1, help="Who share it.")] = 1,
+    max_error: Annotated[float, typer.Option(min=0, help="Highest error of the sum.")] = 0.1,
+    candidates: Annotated[
+        list[str] | None, typer.Option("--try", help="A compression; repeat it for several.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Save a picture: .png, .svg, .pdf.")] = None,
+    as_json: Json = False,
+    set_: Set = None,
+) -> None:
+    """Measure compressions on a script's own gradients, and say which to set.
+
+    The script is run as a single worker, and stopped after a few steps.
+    """
+    from zps.codec.spec import Compression
+    from zps.tuning import capture, show
+    from zps.tuning.cost import Link
+    from zps.tuning.measure import CANDIDATES
+    from zps.tuning.runner import NativeRunner
+    from zps.tuning.tune import report_on
+
+    # All that can be wrong with the options, before minutes go into the script.
+    settings, link, say = Settings.load(**_chosen(set_)), Link.parse(bandwidth), _say("zps tune")
+    compressions = [Compression.parse(text) for text in candidates or CANDIDATES]
+    report = report_on(
+        capture.run(script, args or [], steps=steps, module=module),
+        compressions=compressions,
+        link=link,
+        workers=workers,
+        max_error=max_error,
+        settings=settings,
+        runner=NativeRunner(),
+        tell=lambda text: say(f"measuring {text}"),
+    )
+    if plot is not None:
+        show.plot(report, plot)
+    if as_json:
+        print(report.to_json())
+        return
+    _console().print(show.table(report))
+    print(f"{report.advice}\n{report.advice.reason}")
+
+
+def _sizes(model: str, settings: Settings) -> Sizes:
+    from zps.launch.factory import load_model
+    from zps.launch.sizes import measure
+
+    return measure(load_model(model), settings)
 
 
 def _chosen(pairs: list[str] | None, **options: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pydantic import (
     PrivateAttr,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -33,7 +34,8 @@ from pydantic_settings import (
 )
 from typing_extensions import Self
 
-from zps.errors import ConfigError
+from zps.codec.spec import Compression
+from zps.errors import CompressionSyntaxError, ConfigError
 
 __all__ = ["CONFIG_FILE", "CONFIG_VARIABLE", "PREFIX", "Settings", "variable"]
 
@@ -46,6 +48,9 @@ OTHER_VARIABLES = (CONFIG_VARIABLE,)
 
 ARGUMENT = "argument"
 DEFAULT = "default"
+
+#: Of both compressions together: a worker tells the hub in a header of at most 4 KiB.
+MAX_CODECS_BYTES = 3000
 
 _BYTE_SIZE = TypeAdapter(ByteSize)
 
@@ -109,8 +114,15 @@ class Settings(BaseSettings):
     )
 
     # What travels
-    compression: str = Field("none", description="codec of gradients on their way to the hub")
-    pull_compression: str = Field("none", description="codec of weights on their way back")
+    compression: str = Field(
+        "none", description="codecs of gradients, such as 'int8; *.bias=none; embed.*=topk'"
+    )
+    pull_compression: str = Field(
+        "none", description="codecs of weights on their way back, written likewise"
+    )
+    compression_min_bytes: Bytes = Field(
+        4096, ge=0, description="tensors smaller than this travel as they are"
+    )
     bucket_bytes: Bytes = Field(
         4 * 2**20, ge=4096, multiple_of=64, description="size of a bucket, such as 4MiB"
     )
@@ -240,6 +252,16 @@ class Settings(BaseSettings):
         return tuple(_items(self.optimizers))
 
     @property
+    def push_codecs(self) -> Compression:
+        """What `compression` means: the codec of each parameter's gradient."""
+        return Compression.parse(self.compression)
+
+    @property
+    def pull_codecs(self) -> Compression:
+        """What `pull_compression` means: the codec of each parameter's weights."""
+        return Compression.parse(self.pull_compression, weights=True)
+
+    @property
     def drop_over(self) -> int | None:
         """Staleness above which a gradient is dropped; None when the policy is another."""
         return self.staleness if self.staleness_policy == "drop" else None
@@ -268,10 +290,9 @@ class Settings(BaseSettings):
 
     @field_validator("compression", "pull_compression")
     @classmethod
-    def _check_codec(cls, value: str) -> str:
-        if value != "none":
-            raise ValueError("must be 'none': this version has no other codec")
-        return value
+    def _check_codecs(cls, value: str, info: ValidationInfo) -> str:
+        # Hub and worker compare texts: two that mean the same must be the same.
+        return str(Compression.parse(value, weights=info.field_name == "pull_compression"))
 
     @field_validator("checkpoint_dir", "key_dir")
     @classmethod
@@ -291,6 +312,12 @@ class Settings(BaseSettings):
                 )
         if self.staleness_policy == "dc" and self.pull == "alias":
             raise ValueError("staleness_policy='dc' needs pull='copy': what a worker computed on")
+        codecs_bytes = sum(len(t.encode()) for t in (self.compression, self.pull_compression))
+        if codecs_bytes > MAX_CODECS_BYTES:
+            raise ValueError(
+                f"compression and pull_compression have {codecs_bytes} bytes together, and "
+                f"{MAX_CODECS_BYTES} fit into a message; name several parameters with one pattern"
+            )
         if self.quorum < 1 and self.mode != "bsp":
             raise ValueError(f"quorum={self.quorum} needs mode='bsp', not {self.mode!r}")
         return self
@@ -371,8 +398,10 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> Iterator[str
         name = str(detail["loc"][0])
         source = sources.get(name, DEFAULT)
         given = f"{name}={detail['input']!r}"
+        if isinstance(detail.get("ctx", {}).get("error"), CompressionSyntaxError):
+            given = name  # the text stands below it, with a caret
         if source == variable(name):
-            given = f"{source}={detail['input']!r}"
+            given = given.replace(name, source, 1)
         elif source != ARGUMENT:
             given = f"{source}: {given}"
         yield f"{given}: {text} ({Settings.model_fields[name].description})"

@@ -2,6 +2,7 @@
 
     ZpsError
     ├── ConfigError (ValueError)              a setting is misspelt or invalid
+    │   └── CompressionSyntaxError            a codec, an option or a pattern, with a caret under it
     ├── LayoutError (ValueError)              a model's list of parameters
     │   ├── LayoutMismatch                    another model on another rank
     │   ├── UnknownName                       no such parameter
@@ -38,6 +39,7 @@ from typing import ClassVar
 
 __all__ = [
     "Closed",
+    "CompressionSyntaxError",
     "ConfigError",
     "DuplicateName",
     "DuplicateRank",
@@ -76,6 +78,32 @@ class ConfigError(ZpsError, ValueError):
     The message names the argument, variable or file it came from. `zps config` prints every
     setting with its value and source.
     """
+
+
+class CompressionSyntaxError(ConfigError):
+    """A text such as `int8:block=256; *.bias=none` that is not in the grammar of compression.
+
+    text      the whole text; of one that is too long, the beginning
+    position  index in `text` of the character that is wrong, len(text) for a missing one
+    what      what is wrong there
+    expected  what would be right there: the codecs, a codec's options, the values of an option
+
+    The message shows the text with a caret under that character. docs/compression.md has the
+    grammar.
+    """
+
+    def __init__(self, text: str, position: int, what: str, expected: str) -> None:
+        super().__init__(text, position, what, expected)
+        self.text = text
+        self.position = position
+        self.what = what
+        self.expected = expected
+
+    def __str__(self) -> str:
+        # One column a character, so that the caret is under the right one.
+        shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in self.text)
+        caret = " " * self.position + "^"
+        return f"{self.what}\n    {shown}\n    {caret}\nexpected {self.expected}"
 
 
 class LayoutError(ZpsError, ValueError):

@@ -151,6 +151,10 @@ class Optimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
 
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """(name, parameter) as the hub knows them, in the order of the layout."""
+        return iter(self._params)
+
     # --- state --------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,7 +23,8 @@ _MAX_CONTAINERS = 64
 #: Settings that a hub and its workers must agree on; the hub's count where a worker set none.
 SHARED_SETTINGS = (
     *("mode", "staleness", "quorum", "staleness_policy", "staleness_alpha", "dc_lambda"),
-    *("bucket_bytes", "compression", "pull_compression", "world_size", "on_death"),
+    *("bucket_bytes", "compression", "pull_compression", "compression_min_bytes"),
+    *("world_size", "on_death"),
 )
 
 U32 = Annotated[int, Field(ge=0, lt=1 << 32)]

@@ -1,0 +1,4 @@
+"""Which compression suits a model and a link: measured on real gradients, and advised.
+
+`tune.tune` for programs, `capture.run` for a script's gradients; `measure` and `cost` are pure.
+"""
