@@ -22,12 +22,14 @@ EXAMPLES: list[m.Message] = [
         protocol=1, job="häuslich", rank=None, world_size=4, incarnation="ab", host="h/1", pid=9,
         settings=SETTINGS,
     ),
-    m.Declare(**SESSIONED, layout_hash="0" * 64, rule="torch.optim.NAdam"),
+    m.Declare(**SESSIONED, layout_hash="0" * 64, rule="torch.optim.NAdam", hub=1, hubs=2),
+    m.Enter(**SESSIONED, round=12),
     m.Publish(**SESSIONED),
     m.Push(
         **SESSIONED, round=7, buckets=[0, 5], bases=[7, 6], samples=32.0, grad_scale=65536.0,
         finite=True, hold=False, hypers=True, absent=False,
     ),
+    m.Verdict(**SESSIONED, round=7, norm_sq=2.5, finite=True),
     m.Read(**SESSIONED, what="state", field="exp_avg", index=4),
     m.Write(**SESSIONED, what="foreign", field="", index=0),
     m.SetSteps(**SESSIONED),
@@ -39,6 +41,7 @@ EXAMPLES: list[m.Message] = [
         protocol=1, epoch=1, session=2, rank=3, world_size=4, pid=5, host="h/1", settings=SETTINGS
     ),
     m.Attach(seq=1, control=AT, weights=AT, slots=AT, first_round=9, formed=True),
+    m.Partial(round=7, norm_sq=0.0, finite=False),
     m.Ok(seq=1),
     m.Refuse(seq=None, code="layout", text="é" * 700),
     m.Closing(text="the hub was stopped"),
