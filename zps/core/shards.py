@@ -28,10 +28,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What one hub owns. `parts` says, for each parameter of its layout, where that comes from."""
+    """What one hub owns of a model with `total` parameters.
+
+    parts  for each parameter of `layout`, what it is in the whole
+    """
 
     layout: Layout
     parts: tuple[Part, ...]
+    total: int
 
 
 def cut(layout: Layout, hubs: int) -> tuple[Shard, ...]:
@@ -47,9 +51,10 @@ def cut(layout: Layout, hubs: int) -> tuple[Shard, ...]:
     Raises LayoutError if there are more hubs than pieces: a hub without any would have no rounds.
     Source: Graham, Bounds on Multiprocessing Timing Anomalies, section 3 (longest first).
     """
+    total = len(layout.params)
     if hubs == 1:
         whole = (Part(i, 0, param.numel) for i, param in enumerate(layout.params))
-        return (Shard(layout, tuple(whole)),)
+        return (Shard(layout, tuple(whole), total),)
     if len(layout.pieces) < hubs:
         raise LayoutError(
             f"{hubs} hubs for a model that can be cut into {len(layout.pieces)} parts: name fewer "
@@ -60,7 +65,7 @@ def cut(layout: Layout, hubs: int) -> tuple[Shard, ...]:
     for piece, owner in zip(layout.pieces, owners, strict=True):
         _append(owned[owner], Part(piece.param, piece.param_begin, piece.count))
     return tuple(
-        Shard(_layout_of(layout, parts, first=hub == 0), tuple(parts))
+        Shard(_layout_of(layout, parts, first=hub == 0), tuple(parts), total)
         for hub, parts in enumerate(owned)
     )
 

@@ -1,0 +1,106 @@
+"""How a worker joins its hubs: hello to each, a declaration to each, one first round for all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+from zps.config import Settings
+from zps.core.layout import Layout
+from zps.core.shards import Shard
+from zps.errors import ConfigError, ZpsError
+from zps.wire import messages as m
+from zps.worker.session import Session
+
+_GOODBYE_S = 2.0
+
+
+def greet(
+    addresses: Sequence[str], settings: Settings, rank: int | None, world_size: int | None
+) -> list[Session]:
+    """A session at every hub, in order; the first one gives the rank where there is none.
+
+    Raises what `Session` does, and ConfigError for hubs that differ in a setting.
+    """
+    sessions: list[Session] = []
+    try:
+        for address in addresses:
+            sessions.append(Session(address, settings, rank, world_size))
+            rank, world_size = sessions[-1].rank, sessions[-1].world_size
+            _check_alike(sessions[0], sessions[-1])
+    except BaseException:
+        leave(sessions, failed=False)  # the rank is free again
+        raise
+    return sessions
+
+
+def declare(
+    sessions: Sequence[Session],
+    shards: Sequence[Shard],
+    whole: Layout,
+    *,
+    rule: str,
+    hypers: Sequence[bytes],
+) -> list[m.Attach]:
+    """Declare each hub's shard to it; returns once every hub lets this worker in.
+
+    Raises LayoutMismatch, ConfigError, OutOfMemory, WaitTimeout.
+    """
+    answers = []
+    for hub, (session, shard) in enumerate(zip(sessions, shards, strict=True)):
+        payload = [m.pack(shard.layout.to_wire()), hypers[hub]]
+        if hub == 0 and len(sessions) > 1:
+            payload.append(m.pack(whole.to_wire()))  # it can say what differs, and how
+        with session.sequenced() as seq:
+            message = m.Declare(
+                **session.header(seq),
+                layout_hash=shard.layout.hash,
+                rule=rule,
+                hub=hub,
+                hubs=len(sessions),
+            )
+            answers.append(_attach(session.request(message, *payload)[0]))
+    return answers if len(sessions) == 1 else _enter(sessions, answers)
+
+
+def leave(sessions: Sequence[Session], *, failed: bool) -> None:
+    """Say goodbye to every hub, and close. A hub may have gone first: that is no concern here."""
+    for session in sessions:
+        with contextlib.suppress(ZpsError), session.sequenced() as seq:
+            bye = m.Bye(**session.header(seq), failed=failed)
+            session.request(bye, timeout_s=_GOODBYE_S)
+        session.close()
+        session.last_words = str
+
+
+def _enter(sessions: Sequence[Session], answers: list[m.Attach]) -> list[m.Attach]:
+    """Come to a running job at the same round everywhere.
+
+    Each hub has named the first round that it can have this worker in, and waits with it. The
+    latest of them is right for all. They are told at once: one may wait for another.
+    """
+    at_least = max(answer.first_round for answer in answers)
+    told: dict[int, m.Enter] = {}
+    for hub, (session, answer) in enumerate(zip(sessions, answers, strict=True)):
+        if answer.formed:
+            with session.sequenced() as seq:
+                told[hub] = m.Enter(**session.header(seq), round=at_least)
+                session.send(told[hub])
+    for hub, enter in told.items():
+        answers[hub] = _attach(sessions[hub].answer(enter)[0])
+    return answers
+
+
+def _attach(answer: m.Message) -> m.Attach:
+    assert isinstance(answer, m.Attach)
+    return answer
+
+
+def _check_alike(first: Session, other: Session) -> None:
+    for name, value in first.welcome.settings.items():
+        theirs = other.welcome.settings.get(name)
+        if value != theirs and name != "world_size":
+            raise ConfigError(
+                f"{name} is {value!r} at the hub {first.address} but {theirs!r} at the hub "
+                f"{other.address}; start all hubs of a job with the same settings"
+            )
