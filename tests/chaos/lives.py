@@ -42,7 +42,7 @@ class Life:
         """Declare zeros; returns the first round."""
         tensors = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
         self.worker.declare(tensors, rule, **options)
-        return self.worker._declared().link.first_round
+        return self.worker.channels[0].link.first_round
 
     def push(self, names: Sequence[str] = tuple(SHAPES), value: float = 1.0) -> None:
         self._works.append(

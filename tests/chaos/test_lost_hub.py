@@ -30,7 +30,7 @@ def kill(hub: HubProcess) -> float:
 
 def assert_lost(failure: Failure, hub: HubProcess, at_s: float) -> None:
     assert failure.kind == "HubLost"
-    assert f"the hub (process {hub.pid}) has ended" in failure.text
+    assert f"the hub at {hub.address} (process {hub.pid}) has ended" in failure.text
     assert "tart it again" in failure.text
     print(f"HubLost after {failure.at_s - at_s:.3f} s")
     assert 0 <= failure.at_s - at_s < SOON_S

@@ -266,5 +266,5 @@ def test_nobody_waits_for_a_peer_that_reads_nothing(hub: str, pair: Pair) -> Non
 def test_the_good_worker_hears_of_a_refusal_when_it_waits(pair: Pair) -> None:
     """What a raw peer gets as a message, a worker gets as an error."""
     with pytest.raises(ProtocolError, match="no bucket"):
-        pair.worker.read("weights", 77)
+        pair.worker.channels[0].read("weights", 77)
     pair.finish_round()

@@ -69,8 +69,8 @@ def test_workers_may_differ_in_their_link(crew):
         Worker(hub.address, rank=1, world_size=2) as local,
     ):
         at_once(*(lambda w=w: w.declare(tensors, "mean") for w in (remote, local)))
-        assert isinstance(remote._declared().link, MessageLink)
-        assert isinstance(local._declared().link, ShmLink)
+        assert isinstance(remote.channels[0].link, MessageLink)
+        assert isinstance(local.channels[0].link, ShmLink)
         for round_ in range(3):
             works = [
                 w.push({"w": torch.full((LARGE,), float(round_ + 2 * w.rank))})
@@ -89,7 +89,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_worker_on_another_host_needs_nothing_of_this_one(crew, monkeypatch):
     elsewhere(monkeypatch)
     with together(crew.hub().address, {"w": torch.ones(5)}, world=1) as (worker,):
-        assert isinstance(worker._declared().link, MessageLink)
+        assert isinstance(worker.channels[0].link, MessageLink)
         worker.push({"w": torch.arange(5.0)}).wait()
         assert worker.weights("w").tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
 
@@ -143,5 +143,5 @@ def test_what_is_not_contiguous_and_every_dtype_travels(crew):
             worker.push({"w": start.t().contiguous().t() * 2}).wait()
             assert torch.equal(worker.weights("w"), start * 2)
             assert np.shares_memory(
-                worker.weights("w").view(torch.uint8).numpy(), worker._declared().link.weights
+                worker.weights("w").view(torch.uint8).numpy(), worker.channels[0].link.weights
             )

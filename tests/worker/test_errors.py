@@ -298,9 +298,9 @@ def test_an_address_that_is_none_is_refused(address):
         Worker(address, rank=0)
 
 
-def test_several_hubs_are_not_there_yet():
-    with pytest.raises(ConfigError, match="2 hubs are named"):
-        Worker(settings=Settings(hub="tcp://127.0.0.1:1,tcp://127.0.0.1:2"))
+def test_a_hub_is_named_once():
+    with pytest.raises(ConfigError, match="names a hub twice"):
+        Worker(settings=Settings(hub="tcp://127.0.0.1:1,tcp://127.0.0.1:1"))
 
 
 # --- the hub says no ----------------------------------------------------------------------------

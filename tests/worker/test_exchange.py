@@ -142,7 +142,7 @@ def test_half_precision_weights_have_single_precision_masters(hub):
         for _ in range(4):
             push_all(workers[:2], lambda rank: one)
         assert workers[0].weights("x").tolist() == [264.0] * 4
-        master = np.frombuffer(workers[0].read("weights", 0), np.float32)
+        master = np.frombuffer(workers[0].channels[0].read("weights", 0), np.float32)
         assert master[:4].tolist() == [264.0] * 4
 
 

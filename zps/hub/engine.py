@@ -16,6 +16,7 @@ import numpy as np
 from zps import native
 from zps.core.rounds import Apply, Drop, Mode, Rounds
 from zps.core.staleness import StalenessPolicy, lr_factor
+from zps.hub.docket import SKIP, Docket, Due, Findings, Question
 from zps.hub.store import Pushed, Store, Update
 from zps.memory.control import Control, Outcome, done_word
 
@@ -45,9 +46,14 @@ class Policy:
 
 
 class Engine:
-    """Rounds, the store, and the pushes between the two."""
+    """Rounds, the store, and the pushes between the two.
 
-    def __init__(self, store: Store, control: Control, policy: Policy):
+    one_of_several  other hubs have the rest of the model: no round on hold is judged here alone
+    """
+
+    def __init__(
+        self, store: Store, control: Control, policy: Policy, *, one_of_several: bool = False
+    ):
         self.store = store
         self.counters: Counter[str] = Counter()
         self._control = control
@@ -63,12 +69,18 @@ class Engine:
         """Remote pushes and their buckets that are done with, for whoever answers them."""
         self.released: list[tuple[Pushed, int]] = []
         """Remote pushes and their buckets whose bytes are not held any more."""
+        self._docket = Docket() if one_of_several else None
 
     # --- members ------------------------------------------------------------------------------
 
     def join(self, rank: int) -> int:
         """Make `rank` a member; returns its first round."""
         return self.rounds.join(rank)
+
+    def enter(self, rank: int, at_least: int) -> int:
+        """Make `rank`, which has just joined, take part from `at_least` on; returns that round."""
+        self.leave(rank)
+        return self.rounds.join(rank, at_least)
 
     def leave(self, rank: int) -> None:
         """Wait for `rank` no more. What it pushed counts; what it held back is dropped."""
@@ -81,6 +93,8 @@ class Engine:
             for key in [key for key in self._held if key[1:] == (rank,)]:
                 for update in filter(None, self._held.pop(key)):
                     self.store.touch(update.bucket)  # its version was counted when it was decided
+        if self._docket is not None:
+            self._conclude(self._docket.leave(rank))
 
     def closed_before(self, round_: int) -> bool:
         """bsp: whether no bucket will change any more before `round_`.
@@ -89,6 +103,8 @@ class Engine:
         """
         if self._policy.mode is not Mode.BSP or not self.store.layout.fuse:
             return True
+        if self._docket is not None and self._docket.holds_before(round_):
+            return False
         return self.rounds.min_round() >= round_
 
     # --- pushes -------------------------------------------------------------------------------
@@ -117,7 +133,27 @@ class Engine:
         ranks: set[int] = set()
         for bucket in range(len(self.store.layout.buckets)):
             ranks.update(self.rounds.waiting_for(bucket))
+        if self._docket is not None:
+            ranks |= self._docket.waiting_for()
         return tuple(sorted(ranks))
+
+    # --- verdicts -----------------------------------------------------------------------------
+
+    def questions(self) -> list[Question]:
+        """What is to be asked about rounds on hold, each once; `asked` says who was."""
+        return [] if self._docket is None else self._docket.questions()
+
+    def asked(self, question: Question, ranks: Iterable[int]) -> None:
+        """These workers have been asked; nobody: the round is skipped."""
+        assert self._docket is not None
+        self._conclude(self._docket.asked(question.key, ranks))
+
+    def decide(self, rank: int, round_: int, verdict: Findings) -> None:
+        """A worker has decided about a round on hold; nothing happens if there is none."""
+        if self._docket is not None:
+            in_step = self._policy.mode is Mode.BSP
+            key = (round_,) if in_step else (round_, rank)
+            self._conclude(self._docket.decide(key, verdict))
 
     def flush(self) -> None:
         """Apply what is ready and wake the workers it concerns."""
@@ -205,29 +241,42 @@ class Engine:
 
     def _judge_held(self, key: tuple[int, ...]) -> None:
         updates = [update for update in self._held.pop(key) if update is not None]
-        if updates:
-            self._judge(sorted(updates, key=lambda update: update.bucket))
-
-    def _judge(self, updates: list[Update]) -> None:
-        """Skip a round with a non-finite gradient for everyone; else clip it by its global norm."""
+        updates.sort(key=lambda update: update.bucket)
         self.flush()  # keeps updates in the order they were decided in
+        measured = self._measure(updates)
+        if self._docket is not None:
+            self._docket.add(key, updates, measured)
+        else:
+            self._conclude([(updates, measured)])
+
+    def _measure(self, updates: list[Update]) -> Findings:
+        """What is to be known of a round before any of it is applied."""
         finite = all(c.finite for u in updates for c in u.contributions)
-        limit = updates[0].contributions[0].hypers.max_grad_norm
-        coef = 1.0
-        if finite and limit is not None:
-            norm = self.store.norm(updates)
-            finite = math.isfinite(norm)
+        if not finite or not updates or updates[0].contributions[0].hypers.max_grad_norm is None:
+            return Findings(0.0, finite)
+        norm_sq = self.store.norm_sq(updates)
+        return Findings(norm_sq, finite=True) if math.isfinite(norm_sq) else SKIP
+
+    def _conclude(self, due: Due) -> None:
+        """Skip a round with a non-finite gradient for everyone; else clip it by its global norm."""
+        for updates, (norm_sq, finite) in due:
+            if not updates:
+                continue
+            if not finite:
+                self._skip(updates)
+                continue
+            limit = updates[0].contributions[0].hypers.max_grad_norm
             # torch.nn.utils.clip_grad_norm_ has the same 1e-6, and never scales up.
-            coef = min(1.0, limit / (norm + 1e-6))
-        if not finite:
-            self.counters["rounds_skipped"] += 1
-            for update in updates:
-                self.store.touch(update.bucket)
-            self._finish(updates, Outcome.SKIPPED)
-            return
-        self.store.apply(updates, coef)
-        self.counters["updates"] += len(updates)
-        self._finish(updates, Outcome.APPLIED)
+            coef = 1.0 if limit is None else min(1.0, limit / (math.sqrt(norm_sq) + 1e-6))
+            self.store.apply(updates, coef)
+            self.counters["updates"] += len(updates)
+            self._finish(updates, Outcome.APPLIED)
+
+    def _skip(self, updates: list[Update]) -> None:
+        self.counters["rounds_skipped"] += 1
+        for update in updates:
+            self.store.touch(update.bucket)
+        self._finish(updates, Outcome.SKIPPED)
 
     def _finish(self, updates: list[Update], outcome: Outcome) -> None:
         for update in updates:

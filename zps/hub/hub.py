@@ -21,6 +21,7 @@ from zps.config import Settings
 from zps.core.membership import Verdict
 from zps.errors import OutOfMemory, ProtocolError, ZpsError
 from zps.hub.courier import Courier
+from zps.hub.docket import Findings
 from zps.hub.job import Declaration, Job, Peer, Refused, ResolveRule
 from zps.hub.roster import Roster
 from zps.hub.store import Pushed
@@ -123,6 +124,7 @@ class Hub:
         self._job.engine.flush()
         if self._courier is not None:
             self._courier.turn()
+        self._ask(self._job)
         if self._entering:
             self._let_in(self._job)
 
@@ -206,8 +208,13 @@ class Hub:
             self._remote(peer).data(peer, message, payload)
             return
         self._flush()  # whatever is asked for now comes after the pushes before it
-        if isinstance(message, m.Declare):
+        if isinstance(message, m.Verdict):
+            findings = Findings(message.norm_sq, message.finite)
+            self._declared(peer).engine.decide(peer.rank, message.round, findings)
+        elif isinstance(message, m.Declare):
             self._on_declare(peer, message, payload)
+        elif isinstance(message, m.Enter):
+            self._on_enter(peer, message)
         elif isinstance(message, m.Publish):
             self._declared(peer)
             self._collect("publish", peer, message.seq)
@@ -246,10 +253,15 @@ class Hub:
         self._deliver(peer, [m.encode(self._roster.welcome(peer))])
 
     def _on_declare(self, peer: Peer, message: m.Declare, payload: Sequence[Frame]) -> None:
-        if len(payload) != 2:
-            raise ProtocolError(f"a declaration has 2 payload frames, not {len(payload)}")
+        if len(payload) not in (2, 3):
+            raise ProtocolError(f"a declaration has 2 payload frames or 3, not {len(payload)}")
         declared = Declaration.read(
-            message.rule, m.unpack(payload[0]), bytes(payload[1]), self._resolve_rule
+            message.rule,
+            m.unpack(payload[0]),
+            bytes(payload[1]),
+            self._resolve_rule,
+            place=(message.hub, message.hubs),
+            whole_data=m.unpack(payload[2]) if len(payload) == 3 else None,
         )
         if declared.layout.hash != message.layout_hash:
             raise ProtocolError("the layout does not match its hash")
@@ -270,9 +282,11 @@ class Hub:
         if not peer.declared:  # else it asks again, because the answer came too late for it
             self._attach(self._job, peer, declared)
         self._equip(self._job, peer, shared=message.shared)
-        self._entering = [entry for entry in self._entering if entry[0] is not peer]
-        self._entering.append((peer, message.seq))
-        self._let_in(self._job)
+        if message.hubs > 1 and self._roster.formed:
+            # All hubs let it in at the same round: they hear which one when each has named its own.
+            self._send_attach(self._job, peer, message.seq)
+        else:
+            self._await_entry(self._job, peer, message.seq)
         waiting, self._awaiting_rank0 = self._awaiting_rank0, []
         for other, declare, frames in waiting:
             self._asked = declare.seq
@@ -322,6 +336,18 @@ class Hub:
             job.engine.leave(peer.rank)  # the one before it, for whom the round was kept open
         peer.first_round = job.engine.join(peer.rank)
 
+    def _on_enter(self, peer: Peer, enter: m.Enter) -> None:
+        job = self._declared(peer)
+        if enter.round > peer.first_round:
+            peer.first_round = job.engine.enter(peer.rank, enter.round)
+            self._flush()
+        self._await_entry(job, peer, enter.seq)
+
+    def _await_entry(self, job: Job, peer: Peer, seq: int) -> None:
+        self._entering = [entry for entry in self._entering if entry[0] is not peer]
+        self._entering.append((peer, seq))
+        self._let_in(job)
+
     def _let_in(self, job: Job) -> None:
         """Answer newcomers once the rounds they are not part of have closed.
 
@@ -334,18 +360,21 @@ class Hub:
             if self._roster.formed and not job.engine.closed_before(peer.first_round):
                 self._entering.append((peer, seq))
                 continue
-            job.control.mail[peer.rank] = 0  # counts from here, this answer first
-            self._reply(
-                peer,
-                m.Attach(
-                    seq=seq,
-                    control=_at(job.control.segment) if peer.slots else None,
-                    weights=_at(job.store.weights) if peer.slots else None,
-                    slots=_at(peer.slots) if peer.slots else None,
-                    first_round=peer.first_round,
-                    formed=self._roster.formed,
-                ),
-            )
+            self._send_attach(job, peer, seq)
+
+    def _send_attach(self, job: Job, peer: Peer, seq: int) -> None:
+        job.control.mail[peer.rank] = 0  # counts from here, this answer first
+        self._reply(
+            peer,
+            m.Attach(
+                seq=seq,
+                control=_at(job.control.segment) if peer.slots else None,
+                weights=_at(job.store.weights) if peer.slots else None,
+                slots=_at(peer.slots) if peer.slots else None,
+                first_round=peer.first_round,
+                formed=self._roster.formed,
+            ),
+        )
 
     # --- rounds -------------------------------------------------------------------------------
 
@@ -406,6 +435,16 @@ class Hub:
             open_ = self._courier.is_open(peer.session, bucket)
             if open_ or job.engine.slot_busy(peer.session, bucket):
                 raise Refused("slot_busy", f"bucket {bucket} was pushed again before it was taken")
+
+    def _ask(self, job: Job) -> None:
+        """Tell the workers what is known here of rounds on hold: they see all hubs."""
+        for question in job.engine.questions():
+            norm_sq, finite = question.measured
+            partial_ = m.Partial(round=question.key[0], norm_sq=norm_sq, finite=finite)
+            peers = [p for p in self._roster if p.declared and question.concerns(p.rank)]
+            job.engine.asked(question, [peer.rank for peer in peers])
+            for peer in peers:
+                self._deliver(peer, [m.encode(partial_)])
 
     def _collect(self, what: str, peer: Peer, seq: int) -> None:
         """A collective: answered to all once all have asked."""

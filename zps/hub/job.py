@@ -76,19 +76,33 @@ class Declaration:
     rule: str
     hypers: Hypers
     group_of: tuple[int, ...]
+    place: tuple[int, int] = (0, 1)
+    """This hub's number among those of the worker, and how many these are."""
+    whole: Layout | None = None
+    """The model of which this hub has a part, where the worker has said it."""
 
     @classmethod
     def read(
-        cls, rule: str, layout_data: object, hypers_data: bytes, resolve: ResolveRule
+        cls,
+        rule: str,
+        layout_data: object,
+        hypers_data: bytes,
+        resolve: ResolveRule,
+        *,
+        place: tuple[int, int] = (0, 1),
+        whole_data: object = None,
     ) -> Declaration:
         """Raises ProtocolError or ConfigError for one that cannot be served."""
+        if place[0] >= place[1]:
+            raise ProtocolError(f"a hub that is number {place[0]} of {place[1]}")
         layout = Layout.from_wire(layout_data)
+        whole = None if whole_data is None else Layout.from_wire(whole_data)
         groups, norm = unpack_hypers(hypers_data)
         group_of = take_members(groups, len(layout.params))
         own = _native(resolve(rule))
         if own is None and len(layout.pieces) > len(layout.params):
             raise ProtocolError(f"{rule} steps whole tensors, and this layout cuts them")
-        return cls(layout, rule, make_hypers(own, groups, norm), group_of)
+        return cls(layout, rule, make_hypers(own, groups, norm), group_of, place, whole)
 
 
 @dataclass(slots=True)
@@ -138,7 +152,8 @@ class Job:
             "%d parameters in %d buckets, rule %s, mode %s",
             *(len(layout.params), len(layout.buckets), declared.rule, settings.mode),
         )
-        return cls(declared, Engine(store, control, policy), control)
+        engine = Engine(store, control, policy, one_of_several=declared.place[1] > 1)
+        return cls(declared, engine, control)
 
     @property
     def layout(self) -> Layout:
@@ -150,6 +165,16 @@ class Job:
 
     def check_same(self, other: Declaration, who: str) -> None:
         """Raise Refused naming the first difference from what rank 0 declared."""
+        if other.place != self.declared.place:
+            (here, among), (first, all_of) = other.place, self.declared.place
+            raise Refused(
+                "hubs",
+                f"this hub is number {here + 1} of {among} on {who}, but number {first + 1} of "
+                f"{all_of} on rank 0. Every worker must list the same hubs in the same order.",
+            )
+        whole, other_whole = self.declared.whole, other.whole
+        if whole is not None and other_whole is not None and whole.hash != other_whole.hash:
+            raise Refused("layout", other_whole.explain_mismatch(whole, who, "rank 0"))
         if other.layout.hash != self.layout.hash:
             raise Refused("layout", other.layout.explain_mismatch(self.layout, who, "rank 0"))
         if other.rule != self.declared.rule:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -182,10 +181,10 @@ class Store:
         """Raise a bucket's version without a change: a round that was skipped, or held nothing."""
         self.control.seq[bucket] += 2
 
-    def norm(self, updates: Sequence[Update]) -> float:
-        """The global L2 norm of the averaged gradient of a whole round."""
+    def norm_sq(self, updates: Sequence[Update]) -> float:
+        """The sum of squares of the averaged gradient of a whole round."""
         jobs = [p[0] for p in (self._load(update, 1.0) for update in updates) if p is not None]
-        return math.sqrt(native.norm_sq(self._pool, jobs))
+        return native.norm_sq(self._pool, jobs)
 
     def _load(
         self, update: Update, coef: float

@@ -31,6 +31,14 @@ class SegmentRef:
     fd: int
     nbytes: int
 
+    @property
+    def path(self) -> str:
+        return f"/proc/{self.pid}/fd/{self.fd}"
+
+    def check(self) -> None:
+        """Raise ProtocolError unless this process may open it, and it is what it says."""
+        os.close(_open(self, writable=True))
+
 
 class Segment:
     """One mapping of a sealed memfd. Keep it alive for as long as its address is used."""
@@ -70,30 +78,14 @@ class Segment:
     @classmethod
     def attach(cls, ref: SegmentRef, *, writable: bool) -> Segment:
         """Map another process's segment; raises ProtocolError when it is not what `ref` says."""
-        path = f"/proc/{ref.pid}/fd/{ref.fd}"
+        fd = _open(ref, writable=writable)
         try:
-            # Not blocking, because what a hostile reference names may be a pipe.
-            flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR if writable else os.O_RDONLY)
-            fd = os.open(path, flags)
-        except OSError as error:
-            raise ProtocolError(
-                f"cannot open the hub's shared memory at {path}: {error}"
-            ) from error
-        try:
-            info = os.fstat(fd)
-            if info.st_uid != os.geteuid():
-                raise ProtocolError(f"{path} belongs to user {info.st_uid}, not to you")
-            size = info.st_size
-            if size != _rounded(max(ref.nbytes, 1)):
-                raise ProtocolError(f"{path} holds {size} bytes, but {ref.nbytes} were announced")
-            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
-                raise ProtocolError(f"{path} is not sealed, so its owner could cut it under us")
             prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
             kind = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-            mapping = mmap.mmap(fd, size, flags=kind, prot=prot)
+            mapping = mmap.mmap(fd, _rounded(max(ref.nbytes, 1)), flags=kind, prot=prot)
             _advise(mapping, mmap.MADV_HUGEPAGE)
         except OSError as error:
-            raise ProtocolError(f"cannot map the hub's shared memory at {path}: {error}") from error
+            raise ProtocolError(f"cannot map {ref.path}, the hub's memory: {error}") from error
         finally:
             os.close(fd)
         return cls(-1, mapping, ref.nbytes, owner=False, writable=writable)
@@ -115,6 +107,35 @@ class Segment:
             os.close(self._fd)
             self._fd = -1
         self.bytes = np.empty(0, np.uint8)
+
+
+def _open(ref: SegmentRef, *, writable: bool) -> int:
+    """A descriptor of another process's segment. Raises ProtocolError."""
+    try:
+        # Not blocking, because what a hostile reference names may be a pipe.
+        flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR if writable else os.O_RDONLY)
+        fd = os.open(ref.path, flags)
+    except OSError as error:
+        raise ProtocolError(
+            f"cannot open the hub's shared memory at {ref.path}: {error}"
+        ) from error
+    try:
+        info = os.fstat(fd)
+        if info.st_uid != os.geteuid():
+            raise ProtocolError(f"{ref.path} belongs to user {info.st_uid}, not to you")
+        if info.st_size != _rounded(max(ref.nbytes, 1)):
+            raise ProtocolError(
+                f"{ref.path} holds {info.st_size} bytes, but {ref.nbytes} were announced"
+            )
+        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
+            raise ProtocolError(f"{ref.path} is not sealed, so its owner could cut it under us")
+    except OSError as error:
+        os.close(fd)
+        raise ProtocolError(f"{ref.path} is no shared memory of a hub: {error}") from error
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def ensure_available(nbytes: int, what: str) -> None:

@@ -42,7 +42,7 @@ class GradientStream:
         self._overlap = overlap
         self._info = info
         self._slots = [worker.slot(name) for name, _ in params]
-        self._buckets = np.arange(len(worker.layout.buckets), dtype=np.uint32)
+        self._buckets = worker.every_bucket
         self._hooks: dict[int, Any] = {}  # parameter -> its hook's handle
         self._paused = False
         self._work: Work | None = None

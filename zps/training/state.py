@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from zps.core.layout import Bucket
 from zps.errors import TensorMismatch
 from zps.training.rules import RuleSpec
 from zps.training.torch_rules import decode_state, encode_state
+from zps.worker.channel import Channel
 from zps.worker.worker import Worker
 
 #: torch keeps no step count for these: whether a state exists says whether there was one.
@@ -27,50 +29,65 @@ def fetch(
 
     used  the states that exist under the options of each parameter's group
     """
-    if not spec.native:
-        return [decode_state(worker.read("foreign", i)) for i in range(len(shapes))]
-    layout = worker.layout
-    steps = [worker.times_updated(param.name) for param in layout.params]
     states: list[State] = [{} for _ in shapes]
-    for index, state in enumerate(states):
-        if steps[index] or spec.name in _ALWAYS:
+    if not spec.native:
+        for channel in worker.channels:
+            for index, part in enumerate(channel.parts):
+                states[part.param] = decode_state(channel.read("foreign", index))
+        return states
+    for param, state in zip(worker.layout.params, states, strict=True):
+        index, steps = worker.layout.index[param.name], worker.times_updated(param.name)
+        if steps or spec.name in _ALWAYS:
             if spec.name not in _STEPLESS:
-                state["step"] = torch.tensor(float(steps[index]))
+                state["step"] = torch.tensor(float(steps))
             for name in used[index]:
                 state[name] = torch.empty(shapes[index])
-    for name in sorted(set().union(*used)) if used else ():
-        for bucket in layout.buckets:
-            data = np.frombuffer(worker.read("state", bucket.index, name), np.float32)
-            for piece in (layout.pieces[i] for i in bucket.pieces):
-                if name in states[piece.param]:
-                    at = piece.begin - bucket.begin
-                    target = states[piece.param][name].view(-1)[piece.param_begin :][: piece.count]
-                    target.copy_(torch.from_numpy(data[at : at + piece.count].copy()))
+    for name, channel, bucket in _buckets(worker, used):
+        data = np.frombuffer(channel.read("state", bucket.index, name), np.float32)
+        for param_index, begin, at, count in _pieces(channel, bucket):
+            if name in states[param_index]:
+                target = states[param_index][name].view(-1)[begin:][:count]
+                target.copy_(torch.from_numpy(data[at : at + count].copy()))
     return states
 
 
 def store(worker: Worker, spec: RuleSpec, states: list[State], used: list[set[str]]) -> None:
-    """Replace the hub's state by `states`, one a parameter; an empty one is as before any step.
+    """Replace the hubs' state by `states`, one a parameter; an empty one is as before any step.
 
     One worker does this while the others wait, with states that `check` has found good.
     """
     if not spec.native:
-        for index, state in enumerate(states):
-            worker.write("foreign", index, encode_state(state))
+        for channel in worker.channels:
+            for index, part in enumerate(channel.parts):
+                channel.write("foreign", index, encode_state(states[part.param]))
         return
-    layout = worker.layout
+    for name, channel, bucket in _buckets(worker, used):
+        data = np.zeros(bucket.count, np.float32)
+        for param_index, begin, at, count in _pieces(channel, bucket):
+            value = states[param_index].get(name)
+            if isinstance(value, torch.Tensor) and count:
+                flat = value.detach().to("cpu", torch.float32).reshape(-1)
+                data[at : at + count] = flat[begin:][:count].numpy()
+        channel.write("state", bucket.index, data.tobytes(), name)
+    steps = np.array([_steps(state) for state in states], np.int64)
+    for channel in worker.channels:
+        channel.set_steps(steps)
+
+
+def _buckets(worker: Worker, used: list[set[str]]) -> Iterator[tuple[str, Channel, Bucket]]:
+    """Every bucket of every hub, once for each state that any parameter has."""
     for name in sorted(set().union(*used)) if used else ():
-        for bucket in layout.buckets:
-            data = np.zeros(bucket.count, np.float32)
-            for piece in (layout.pieces[i] for i in bucket.pieces):
-                value = states[piece.param].get(name)
-                if isinstance(value, torch.Tensor) and piece.count:
-                    flat = value.detach().to("cpu", torch.float32).reshape(-1)
-                    at = piece.begin - bucket.begin
-                    part = flat[piece.param_begin :][: piece.count]
-                    data[at : at + piece.count] = part.numpy()
-            worker.write("state", bucket.index, data.tobytes(), name)
-    worker.set_steps(np.array([_steps(state) for state in states], np.int64))
+        for channel in worker.channels:
+            for bucket in channel.layout.buckets:
+                yield name, channel, bucket
+
+
+def _pieces(channel: Channel, bucket: Bucket) -> Iterator[tuple[int, int, int, int]]:
+    """(parameter of the model, its first element, that element's place in the bucket, count)."""
+    for piece in (channel.layout.pieces[i] for i in bucket.pieces):
+        part = channel.parts[piece.param]
+        begin = part.begin + piece.param_begin
+        yield part.param, begin, piece.begin - bucket.begin, piece.count
 
 
 def _steps(state: Mapping[str, Any]) -> int:

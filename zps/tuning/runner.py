@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,6 @@ class NativeRunner:
         self._encoding(codec, out.size).decode(encoded.ctypes.data, out.ctypes.data)
 
 
-def _encoding(codec: Codec, n: int) -> Any:
-    record = np.array(codec.facts(), CODEC)
-    return native.Encoding(record, n, native.DTYPE["float32"])  # type: ignore[attr-defined]
+def _encoding(codec: Codec, n: int) -> native.Encoding:
+    record = np.array([codec.facts()], CODEC)[0]
+    return native.Encoding(record, n, native.DTYPE["float32"])

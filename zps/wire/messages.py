@@ -34,6 +34,7 @@ Round = Annotated[int, Field(ge=0, lt=1 << 48)]  # a newcomer's first round lies
 Pid = Annotated[int, Field(ge=1, lt=1 << 31)]  # what the system calls take
 World = Annotated[int, Field(ge=1, le=1 << 16)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 Setting = str | int | Finite | None
 Name = Annotated[str, Field(max_length=256)]
 Text = Annotated[str, Field(max_length=3000)]
@@ -70,12 +71,27 @@ class Hello(Message):
 
 
 class Declare(Sessioned):
-    """Payload: the layout, then the hyperparameters."""
+    """Payload: the layout, then the hyperparameters; of several hubs' first, then the whole layout.
+
+    hub, hubs  this hub is number `hub`, from 0, of `hubs` that the sender works with
+    """
 
     tag: ClassVar[str] = "declare"
     layout_hash: Name
     rule: Name
     shared: bool = True  # this worker can map the hub's memory
+    hub: U32 = 0
+    hubs: U32 = 1
+
+
+class Enter(Sessioned):
+    """A newcomer of a job over several hubs: all of them let it in at the same round.
+
+    Answered with ATTACH once the rounds before have closed.
+    """
+
+    tag: ClassVar[str] = "enter"
+    round: Round
 
 
 class Publish(Sessioned):
@@ -117,6 +133,15 @@ class Pull(Sessioned):
 
     tag: ClassVar[str] = "pull"
     buckets: list[U32]
+
+
+class Verdict(Sessioned):
+    """What the PARTIALs of all hubs about a round come to. The first one counts; no answer."""
+
+    tag: ClassVar[str] = "verdict"
+    round: Round
+    norm_sq: NotNegative
+    finite: bool
 
 
 class Read(Sessioned):
@@ -234,6 +259,18 @@ class Weights(Message):
     outcome: U32
 
 
+class Partial(Message):
+    """A round is on hold at this hub, one of several: what it knows, for a VERDICT of the worker.
+
+    norm_sq  sum of squares of its part of the averaged gradient; 0 if none was asked for
+    """
+
+    tag: ClassVar[str] = "partial"
+    round: Round
+    norm_sq: NotNegative
+    finite: bool
+
+
 class Refuse(Message):
     """Answer to the request `seq`, or to anything from a stranger; nothing was changed."""
 
@@ -253,8 +290,9 @@ class Closing(Message):
 _MODELS: dict[str, type[Message]] = {
     model.tag: model
     for model in (
-        *(Hello, Declare, Publish, Push, Data, Pull, Read, Write, SetSteps, Barrier, Stats, Bye),
-        *(Welcome, Attach, Ok, Fetch, Consumed, Weights, Refuse, Closing),
+        *(Hello, Declare, Enter, Publish, Push, Data, Verdict, Pull, Read, Write, SetSteps),
+        *(Barrier, Stats, Bye),
+        *(Welcome, Attach, Fetch, Consumed, Weights, Partial, Ok, Refuse, Closing),
     )
 }
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from zps.config import Settings
-from zps.core.layout import Layout, Param
-from zps.errors import ConfigError, ProtocolError
+from zps.core.layout import Param
+from zps.core.shards import Shard
 from zps.wire import messages as m
 from zps.worker.link import Link, PushInfo
 from zps.worker.message_link import MessageLink
@@ -19,7 +20,8 @@ from zps.worker.session import Session
 from zps.worker.shm_link import ShmLink
 from zps.worker.work import Part
 
-log = logging.getLogger("zps")
+Readable = Literal["state", "weights", "foreign"]
+Writable = Literal["state", "foreign"]
 
 _EVERY = slice(None)
 
@@ -27,29 +29,37 @@ _EVERY = slice(None)
 class Channel:
     """A layout at one hub, its slots and weights as tensors, and the round of each bucket.
 
-    Tensors and extras are known by their index in the layout.
+    Tensors and extras are known by their index in the layout; `parts` says what each tensor is in
+    the whole model.
     """
 
     def __init__(
         self,
         session: Session,
         settings: Settings,
-        layout: Layout,
+        shard: Shard,
+        attach: m.Attach,
         *,
-        rule: str,
-        hypers: bytes,
         aliased: bool,
     ):
-        """Declare, and return once every worker has declared the same.
+        """Go on from where the hub has let this worker in.
 
+        attach   the hub's last message so far
         aliased  weights may be views of the hub's memory
-        Raises LayoutMismatch, ConfigError, OutOfMemory, WaitTimeout naming the missing ranks.
         """
         self.session = session
-        self.layout = layout
+        self.layout = layout = shard.layout
+        self.parts = shard.parts
         self._settings = settings
-        self.link = _connect(session, settings, layout, rule, hypers, aliased=aliased)
+        self._owners = np.array([part.param for part in shard.parts], np.uint32)
+        self._is_whole = self._owners.tolist() == list(range(shard.total))
+        session.received = 1
         self.aliased = aliased
+        self.link: Link = (
+            MessageLink(session, layout, attach)
+            if attach.control is None
+            else ShmLink(session, layout, attach, aliased=aliased)
+        )
         session.last_words = self.link.last_words
         count = len(layout.buckets)
         self._next_round = np.full(count, self.link.first_round, np.int64)
@@ -75,6 +85,10 @@ class Channel:
         pieces = (layout.pieces[p] for index in params for p in layout.pieces_of(index))
         return np.array(sorted({piece.bucket for piece in pieces}), np.uint32)
 
+    def times_updated(self, index: int) -> int:
+        """How often the hub has updated a parameter; may change at any time."""
+        return int(self.link.steps[self.layout.pieces_of(index)[0]])
+
     # --- rounds -------------------------------------------------------------------------------
 
     def wait_for_slots(self, buckets: NDArray[np.uint32]) -> None:
@@ -82,7 +96,12 @@ class Channel:
         self.link.wait(buckets, self._last_seq[buckets], self._settings.timeout_s)
 
     def push(self, buckets: NDArray[np.uint32], info: PushInfo) -> Part:
-        """Push whole buckets that already lie in the slots, each in its next round."""
+        """Push whole buckets that already lie in the slots, each in its next round.
+
+        info.absent has indices of the whole model.
+        """
+        if info.absent is not None and not self._is_whole:
+            info = self._with_own_absent(info, info.absent)
         rounds = self._next_round[buckets]
         first = int(rounds[0]) if len(rounds) else 0
         together = len(buckets) <= 1 or bool((rounds == first).all())
@@ -110,6 +129,37 @@ class Channel:
             spec = self.layout.buckets[bucket]
             self.link.pull(int(bucket), self._replica[spec.byte : spec.byte + spec.nbytes])
 
+    # --- requests -----------------------------------------------------------------------------
+
+    def publish(self) -> None:
+        """Make what lies in the arena the truth; returns once every live worker has called it."""
+        if self.session.rank == 0:
+            self.link.upload()
+        with self.session.sequenced() as seq:
+            self.session.request(m.Publish(**self.session.header(seq)))
+        self.link.download()
+
+    def read(self, what: Readable, index: int, field: str = "") -> bytes:
+        """Bytes of optimizer state that live in the hub: see the READ message."""
+        with self.session.sequenced() as seq:
+            read = m.Read(**self.session.header(seq), what=what, field=field, index=index)
+            _, payload = self.session.request(read)
+        return b"".join(payload)
+
+    def write(self, what: Writable, index: int, data: bytes, field: str = "") -> None:
+        """Replace what `read` returns."""
+        step = self._settings.bucket_bytes
+        chunks = [data[at : at + step] for at in range(0, len(data), step)]
+        with self.session.sequenced() as seq:
+            write = m.Write(**self.session.header(seq), what=what, field=field, index=index)
+            self.session.request(write, *chunks)
+
+    def set_steps(self, steps: NDArray[np.int64]) -> None:
+        """Set the step count of every parameter of the whole model, of which this hub has some."""
+        own = steps[self._owners]
+        with self.session.sequenced() as seq:
+            self.session.request(m.SetSteps(**self.session.header(seq)), own.tobytes())
+
     def close(self) -> None:
         """Let go of the memory; the session is the caller's."""
         self.slots, self.weights = [], []
@@ -124,46 +174,12 @@ class Channel:
         shared = self.link.replica()  # the hub compensates delays by what we computed on
         return np.zeros(self.layout.arena_bytes, np.uint8) if shared is None else shared
 
+    def _with_own_absent(self, info: PushInfo, absent: NDArray[np.uint32]) -> PushInfo:
+        own = np.flatnonzero(np.isin(self._owners, absent)).astype(np.uint32)
+        return replace(info, absent=own if len(own) else None)
+
     def _tensor(self, arena: NDArray[np.uint8], index: int) -> torch.Tensor:
         return _tensor(arena, self.layout.param_byte(index), self.layout.params[index])
-
-
-def _connect(
-    session: Session, settings: Settings, layout: Layout, rule: str, hypers: bytes, *, aliased: bool
-) -> Link:
-    """Shared memory where both sides can and may, messages otherwise."""
-    if settings.link != "message" and session.same_host:
-        attach = _declare(session, layout, rule, hypers, shared=True)
-        session.received = 1
-        try:
-            return ShmLink(session, layout, attach, aliased=aliased)
-        except ProtocolError as error:
-            if settings.link == "shm":
-                raise
-            log.warning("rank %d uses messages instead of shared memory: %s", session.rank, error)
-    elif settings.link == "shm":
-        raise ConfigError(
-            f"ZPS_LINK=shm, but the hub at {session.address} is on another host, or in another "
-            "PID namespace; set ZPS_LINK=auto"
-        )
-    return MessageLink(session, layout, _declare(session, layout, rule, hypers, shared=False))
-
-
-def _declare(
-    session: Session, layout: Layout, rule: str, hypers: bytes, *, shared: bool
-) -> m.Attach:
-    with session.sequenced() as seq:
-        declare = m.Declare(
-            epoch=session.welcome.epoch,
-            session=session.welcome.session,
-            seq=seq,
-            layout_hash=layout.hash,
-            rule=rule,
-            shared=shared,
-        )
-        answer, _ = session.request(declare, m.pack(layout.to_wire()), hypers)
-    assert isinstance(answer, m.Attach)
-    return answer
 
 
 def _tensor(arena: NDArray[np.uint8], byte: int, param: Param) -> torch.Tensor:

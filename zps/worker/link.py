@@ -89,6 +89,10 @@ class Link(Protocol):
         """Whether `wait` would return at once."""
         ...
 
+    def listen(self, timeout_s: float) -> None:
+        """Take what the hub has sent; if nothing has come, wait for it this long at most."""
+        ...
+
     def outcomes(self, buckets: NDArray[np.uint32]) -> tuple[Outcome, ...]:
         """What became of the last push of each of `buckets` that was consumed."""
         ...

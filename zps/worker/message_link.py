@@ -90,8 +90,9 @@ class MessageLink:
         targets = done_target(seqs)
         deadline = time.monotonic() + timeout_s
         while not (self._done[buckets] >= targets).all():
+            elsewhere = self._session.attend()
             left_s = deadline - time.monotonic()
-            if self._session.take(min(_SLICE_S, max(0.0, left_s))):
+            if self._session.take(0.0 if elsewhere else min(_SLICE_S, max(0.0, left_s))):
                 deadline = max(deadline, time.monotonic() + timeout_s)  # it moves on
             elif left_s <= 0:
                 missing = int(buckets[np.flatnonzero(self._done[buckets] < targets)[0]])
@@ -106,6 +107,10 @@ class MessageLink:
             if not self._session.take(0):
                 return False
         return True
+
+    def listen(self, timeout_s: float) -> None:
+        while self._session.take(timeout_s):
+            timeout_s = 0.0
 
     def outcomes(self, buckets: NDArray[np.uint32]) -> tuple[Outcome, ...]:
         return outcomes_of(self._done[buckets])

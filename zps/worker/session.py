@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import zmq
 
@@ -43,6 +44,7 @@ _LOCAL: dict[str, type[ZpsError]] = {
     "no_session": SessionLost,
     "old_session": SessionLost,
     "layout": LayoutMismatch,
+    "hubs": ConfigError,
     "settings": ConfigError,
     "ConfigError": ConfigError,
     "out_of_memory": OutOfMemory,
@@ -61,6 +63,11 @@ class Session:
         self._given_up = 0  # the count at which one of them did not come
         self.last_words: Callable[[], str] = str  # where the hub leaves the reason for its end
         self.on_payload: Callable[[Payload, list[Frame]], None] = _unexpected
+        self.heed: Callable[[m.Partial], None] = lambda _: None  # must not use a socket
+        #: Called without the lock, by each turn of a wait: does what other hubs ask for, and says
+        #: whether it has already waited, for one of them.
+        self.attend: Callable[[], bool] = bool
+        self.neighbours: list[Session] = []  # a wait here ends when something comes to them
         self._pid = os.getpid()
         self._closed = ""
         self._lock = threading.RLock()
@@ -109,6 +116,11 @@ class Session:
         return answer
 
     @property
+    def descriptor(self) -> int:
+        """Readable when a message may have come, and until it has been looked for."""
+        return int(self._dealer.socket.getsockopt(zmq.FD))
+
+    @property
     def same_host(self) -> bool:
         """Whether the hub's processes and memory can be reached from here."""
         return self._pidfd >= 0
@@ -143,9 +155,16 @@ class Session:
         self, message: m.Sessioned, *payload: Frame, timeout_s: float | None = None
     ) -> tuple[m.Message, list[Frame]]:
         """Send and wait for the answer; raises what a refusal stands for, HubLost, WaitTimeout."""
-        timeout_s = self.settings.timeout_s if timeout_s is None else timeout_s
         with self._lock:
             self.send(message, *payload)
+            return self.answer(message, timeout_s=timeout_s)
+
+    def answer(
+        self, message: m.Sessioned, *, timeout_s: float | None = None
+    ) -> tuple[m.Message, list[Frame]]:
+        """The answer to a message that was sent before, and after which nothing else was."""
+        timeout_s = self.settings.timeout_s if timeout_s is None else timeout_s
+        with self._lock:
             answer = self._answer_to(message.seq, timeout_s)
             if answer is None:
                 text = f"no answer to {message.tag!r} in {timeout_s:g} s"
@@ -203,8 +222,10 @@ class Session:
             poller.register(self._pidfd, zmq.POLLIN)
         else:
             poller.register(self._dealer.monitor, zmq.POLLIN)
+        for other in self.neighbours:  # by descriptor: the sockets are not ours to touch
+            poller.register(other.descriptor, zmq.POLLIN)
         ready = dict(poller.poll(int(timeout_s * 1000)))
-        if not ready:
+        if not ready.keys() & {self._dealer.socket, self._dealer.monitor, self._pidfd}:
             return None
         frames = self._dealer.receive(0.05)  # what a dying hub said last may still be on its way
         if frames is not None:
@@ -218,8 +239,10 @@ class Session:
         if isinstance(answer, m.Refuse):
             raise refusal(answer)
         if isinstance(answer, m.Closing):
-            self._closed = f"the hub has ended this job: {answer.text}"
+            self._closed = f"the hub at {self.address} has ended this job: {answer.text}"
             raise HubLost(self._closed)
+        if isinstance(answer, m.Partial):
+            self.heed(answer)
         return answer
 
     # --- state --------------------------------------------------------------------------------
@@ -255,13 +278,21 @@ class Session:
             if home is not None:
                 sweep_home(home)  # a killed hub cannot do it itself
             why = self.last_words() or "its log says why"
-            self._closed = f"the hub (process {self.welcome.pid}) has ended: {why}"
+            process = f"the hub at {self.address} (process {self.welcome.pid})"
+            self._closed = f"{process} has ended: {why}"
             raise HubLost(f"{self._closed}. Start it again and resume from a checkpoint of yours.")
 
     def _hear_out(self) -> None:
         """Take what the hub said last; raises it, if it was the reason for its end."""
         while (frames := self._dealer.receive(0.05)) is not None:
             self._judge(frames)
+
+    def stats(self) -> dict[str, Any]:
+        """The hub's own account: see the STATS message."""
+        with self.sequenced() as seq:
+            _, payload = self.request(m.Stats(**self.header(seq)))
+        facts: dict[str, Any] = m.unpack(payload[0])
+        return facts
 
     def who_is_missing(self) -> str:
         """For messages: whom the hub waits for, as far as it can still say."""

@@ -19,6 +19,8 @@ from zps.worker.link import PushInfo
 from zps.worker.session import Session
 
 _ONE = np.uint64(1)
+_ONE_BUCKET = np.zeros(1, np.uint32)
+_NEVER = np.full(1, np.iinfo(np.uint64).max)  # no word of a bucket is ever that high
 _SLICE_NS = 100_000_000  # how long Ctrl-C and a dead hub may go unnoticed
 _PULL_TRIES = 1000
 _PULL_S = 5.0
@@ -105,6 +107,7 @@ class ShmLink:
         while True:
             mail = int(control.mail[session.rank])
             session.collect(mail)
+            elsewhere = session.attend()
             left_ns = int(max(0.0, deadline - time.monotonic()) * 1e9)
             result = native.wait(
                 control.signal_address,
@@ -114,7 +117,7 @@ class ShmLink:
                 self._mail,
                 mail & 0xFFFFFFFF,
                 session.settings.spin_us,
-                min(_SLICE_NS, left_ns),
+                0 if elsewhere else min(_SLICE_NS, left_ns),
             )
             if result is native.Waited.REACHED:
                 return
@@ -128,6 +131,18 @@ class ShmLink:
 
     def done(self, buckets: NDArray[np.uint32], seqs: NDArray[np.uint64]) -> bool:
         return self._first_missing(buckets, done_target(seqs)) is None
+
+    def listen(self, timeout_s: float) -> None:
+        session, control = self._session, self._control
+        mail = int(control.mail[session.rank])
+        if session.received >= mail:
+            signal, spin_us = control.signal_address, session.settings.spin_us
+            word = mail & 0xFFFFFFFF
+            native.wait(
+                signal, self._done, _ONE_BUCKET, _NEVER, self._mail, word, spin_us,
+                int(timeout_s * 1e9),
+            )  # fmt: skip
+        session.collect(int(control.mail[session.rank]))
 
     def outcomes(self, buckets: NDArray[np.uint32]) -> tuple[Outcome, ...]:
         return outcomes_of(self._done_words[buckets])
@@ -204,6 +219,13 @@ class ShmLink:
         words = self._done_words[buckets]
         missing = np.flatnonzero(words < targets)
         return int(buckets[missing[0]]) if len(missing) else None
+
+
+def reachable(attach: m.Attach) -> None:
+    """Raise ProtocolError unless this process may map what the hub offers."""
+    for at in (attach.control, attach.weights, attach.slots):
+        assert at is not None
+        SegmentRef(at.pid, at.fd, at.nbytes).check()
 
 
 def _attach(at: m.SegmentAt, *, writable: bool) -> Segment:

@@ -24,7 +24,15 @@ class Part(NamedTuple):
 class Work:
     """What a push, pull or push_pull returns. Waiting twice is allowed."""
 
-    def __init__(self, parts: Sequence[Part], *, default_timeout_s: float):
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        *,
+        default_timeout_s: float,
+        attend: Callable[[], object] = bool,
+    ):
+        """attend: called by `done`, for what has to be done before anything is"""
+        self._attend = attend
         self._parts = tuple(parts)
         self._default_timeout_s = default_timeout_s
         self._finish: Callable[[], None] = lambda: None
@@ -62,9 +70,10 @@ class Work:
 
     def done(self) -> bool:
         """Whether `wait` would return at once."""
-        return self._finished or all(
-            link.done(buckets, seqs) for link, buckets, seqs in self._parts
-        )
+        if self._finished:
+            return True
+        self._attend()
+        return all(link.done(buckets, seqs) for link, buckets, seqs in self._parts)
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from zps.config import Settings
 from zps.core.layout import Layout, Param
+from zps.core.shards import Shard, cut
 from zps.errors import (
     ConfigError,
     HubUnreachable,
@@ -20,19 +18,19 @@ from zps.errors import (
     RankOutOfRange,
     TensorMismatch,
     UnknownName,
-    ZpsError,
 )
 from zps.wire import messages as m
 from zps.wire.hypers import pack_hypers
+from zps.worker import joining
+from zps.worker.account import merge
+from zps.worker.assembly import Assembly, Selection
 from zps.worker.channel import Channel
 from zps.worker.gradients import check_like, dtype_name, encode, inspect, nonfinite
 from zps.worker.link import PushInfo
-from zps.worker.session import Session
+from zps.worker.verdicts import Verdicts
 from zps.worker.work import Work
 
 What = str | Sequence[str] | Mapping[str, torch.Tensor]
-Readable = Literal["state", "weights", "foreign"]
-Writable = Literal["state", "foreign"]
 
 _MAX_SELECTIONS = 1024  # a loop may choose other names in every round
 
@@ -46,7 +44,8 @@ class Worker:
             worker.push("w").wait()
             worker.weights("w")                      # the new values
 
-    address     of the hub; None: the setting `hub`
+    address     of the hub, or of several, comma-separated, in the same order on every rank; None:
+                the setting `hub`
     rank        from 0; None: the setting, or the lowest one free
     world_size  None: the setting, or what the hub says
     settings    None: `Settings.load(**overrides)`
@@ -64,22 +63,20 @@ class Worker:
         **overrides: Any,
     ):
         settings = settings if settings is not None else Settings.load(**overrides)
-        addresses = [address] if address is not None else list(settings.hubs)
-        if not addresses:
-            raise HubUnreachable("no hub is named: pass its address, or set ZPS_HUB")
-        if len(addresses) > 1:
-            raise ConfigError(f"{len(addresses)} hubs are named; this version uses one")
+        addresses = _addresses(address, settings)
         rank = settings.rank if rank is None else rank
         world_size = settings.world_size if world_size is None else world_size
         if (rank is not None and rank < 0) or (world_size is not None and world_size < 1):
             raise RankOutOfRange(f"rank {rank} of {world_size} workers: ranks count from 0")
-        self._session = Session(addresses[0], settings, rank, world_size)
+        self._sessions = joining.greet(addresses, settings, rank, world_size)
+        self._session = self._sessions[0]  # for what one hub answers for all
         self.settings = settings.replace(**self._agreed())
         self.rank = self._session.rank
         self.world_size = self._session.world_size
-        self._channel: Channel | None = None
+        self._model: Assembly | None = None
+        self._verdicts: Verdicts | None = None
         self._published = self._closed = False
-        self._selected: dict[tuple[str, ...], NDArray[np.uint32]] = {}  # names -> their buckets
+        self._selected: dict[tuple[str, ...], Selection] = {}  # names -> their buckets
         self._under_way: list[Work] = []  # pushes that may still lie in their slots
         self._at_close: list[Callable[[bool], None]] = []
 
@@ -116,7 +113,7 @@ class Worker:
         TensorMismatch, ConfigError, OutOfMemory, WaitTimeout naming the missing ranks.
         """
         self._session.check_usable()
-        if self._channel is not None:
+        if self._model is not None:
             raise LayoutError(f"rank {self.rank} has declared its tensors already")
         layout = Layout.build(
             _params(tensors),
@@ -126,21 +123,32 @@ class Worker:
             fuse=fuse,
         )
         groups = [{"params": list(tensors), **hypers}] if groups is None else groups
-        wired = [{**g, "params": _indices(g.get("params", ()), layout)} for g in groups]
-        self._channel = Channel(
-            self._session,
+        members = [_indices(g.get("params", ()), layout) for g in groups]
+        shards = cut(layout, len(self._sessions))
+        attached = joining.declare(
+            self._sessions,
             self.settings,
+            shards,
             layout,
             rule=rule,
-            hypers=pack_hypers(wired, max_grad_norm),
-            aliased=self._may_alias,
+            hypers=[
+                pack_hypers(_groups_of(shard, groups, members), max_grad_norm) for shard in shards
+            ],
         )
-        self._published = self.joined_late
-        if self._published:
-            self._channel.link.download()
-            self.refresh()
-        else:
-            self.publish(tensors, extras)
+        aliased = self._may_alias
+        channels = [
+            Channel(session, self.settings, shard, attach, aliased=aliased)
+            for session, shard, attach in zip(self._sessions, shards, attached, strict=True)
+        ]
+        self._model = Assembly(layout, channels)
+        if len(channels) > 1:
+            self._verdicts = Verdicts(channels, bsp=self.settings.mode == "bsp")
+        # A hub whose workers have yet to publish may stand beside one where they have.
+        self._publish(tensors, extras or {}, [c for c in channels if not c.link.formed])
+        for channel in channels:
+            if channel.link.formed:
+                channel.link.download()
+        self.refresh()
 
     def publish(
         self,
@@ -152,31 +160,36 @@ class Worker:
         None: on rank 0, what its `weights` hold now. Raises UnknownName, TensorMismatch; then
         nothing has been written, and the others go on waiting.
         """
-        channel = self._declared()
-        layout = channel.layout
+        model = self._declared()
         for name, value in (tensors or {}).items():
-            _check_shape(layout.params[self._index(name)], value)
+            _check_shape(model.layout.params[self._index(name)], value)
         for name, value in (extras or {}).items():
-            _check_shape(layout.extras[self._extra_index(name)], value)
+            _check_shape(model.layout.extras[self._extra_index(name)], value)
         if self._published:
             self.barrier()  # nobody may be reading what rank 0 is about to write
-        if self.rank == 0:
-            values = (
-                dict(zip(layout.index, channel.weights, strict=True))
-                if tensors is None
-                else tensors
-            )
-            for name, value in values.items():
-                arena = channel.published(layout.index[name])
-                if arena.data_ptr() != value.data_ptr():
-                    arena.copy_(value.detach())
-            for name, value in (extras or {}).items():
-                self.extra(name).copy_(value.detach())
-            channel.link.upload()
-        self._collective(m.Publish)
-        self._published = True
-        channel.link.download()
+        values = (
+            dict(zip(model.layout.index, model.weights, strict=True))
+            if tensors is None
+            else tensors
+        )
+        self._publish(values, extras or {}, model.channels)
         self.refresh()
+
+    def _publish(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        extras: Mapping[str, torch.Tensor],
+        channels: Sequence[Channel],
+    ) -> None:
+        model = self._declared()
+        if self.rank == 0:
+            for name, value in tensors.items():
+                model.write(self._index(name), value, channels)
+            for name, value in extras.items():
+                self.extra(name).copy_(value.detach())
+        for channel in channels:
+            channel.publish()
+        self._published = True
 
     # --- exchanging ---------------------------------------------------------------------------
 
@@ -200,7 +213,7 @@ class Worker:
     def extra(self, name: str) -> torch.Tensor:
         """The shared copy of an extra, as rank 0 last published it."""
         index = self._extra_index(name)
-        return self._declared().extra(index)
+        return self._declared().channels[0].extra(index)
 
     def push(self, what: What, *, samples: float = 1.0) -> Work:
         """Hand gradients to the hub: a mapping is copied into the slots, names are there already.
@@ -210,18 +223,25 @@ class Worker:
         together. Raises UnknownName, TensorMismatch, NonFiniteGradient (nothing has left then).
         """
         names = (what,) if isinstance(what, str) else tuple(what)
-        buckets = self._buckets_of(names)
-        self._wait_for_slots(buckets)
+        selection = self._buckets_of(names)
+        self._wait_for_slots(selection)
         finite = self._fill(what, names) if isinstance(what, Mapping) else self._inspect(names)
         if not finite and self.settings.nonfinite == "skip":
             samples = 0.0
-        return self.push_buckets(buckets, PushInfo(samples=samples, finite=finite))
+        work = self.push_buckets(selection, PushInfo(samples=samples, finite=finite))
+        if len(selection) > 1 and self.aliased:
+            model, indices = self._declared(), [self._index(name) for name in names]
+            work.then(lambda: model.gather(indices))
+        return work
 
     def pull(self, names: str | Iterable[str] | None = None) -> Work:
         """Bring `weights` up to date. Done when this returns; `wait` is there for symmetry."""
-        layout = self.layout
-        wanted = layout.index if names is None else (names,) if isinstance(names, str) else names
-        self.refresh(self._buckets_of(tuple(wanted)))
+        model = self._declared()
+        names = model.layout.index if names is None else names
+        wanted = (names,) if isinstance(names, str) else tuple(names)
+        for channel, buckets in zip(model.channels, self._buckets_of(wanted), strict=True):
+            channel.refresh(buckets)
+        model.gather(self._index(name) for name in wanted)
         return Work((), default_timeout_s=self.settings.timeout_s).wait()
 
     def push_pull(self, what: What, *, samples: float = 1.0) -> Work:
@@ -234,29 +254,42 @@ class Worker:
 
         def bring() -> None:
             names = tensors or ([what] if isinstance(what, str) else list(what))
-            self.refresh(self._buckets_of(tuple(names)))
+            self.pull(names)
             for name, tensor in tensors.items():
                 tensor.detach().copy_(self.weights(name))
 
         return work.then(bring)
 
-    def push_buckets(self, buckets: NDArray[np.uint32], info: PushInfo) -> Work:
-        """Push whole buckets that already lie in the slots, each in its next round."""
-        part = self._declared().push(buckets, info)
-        work = Work((part,), default_timeout_s=self.settings.timeout_s)
+    def push_buckets(self, selection: Selection, info: PushInfo) -> Work:
+        """Push whole buckets that already lie in the slots, each in its next round.
+
+        Every hub has its part before any of them is waited for.
+        """
+        model = self._declared()
+        model.hand_over(selection)
+        parts = [
+            channel.push(buckets, info)
+            for channel, buckets in zip(model.channels, selection, strict=True)
+            if len(buckets)
+        ]
+        attend = bool if self._verdicts is None else self._verdicts.poll
+        work = Work(parts, default_timeout_s=self.settings.timeout_s, attend=attend)
         self._under_way = [work, *(other for other in self._under_way if not other.done())]
         return work
 
-    def refresh(self, buckets: NDArray[np.uint32] | None = None) -> None:
-        """Copy the hub's weights here, where they are not views of them anyway."""
-        self._declared().refresh(buckets)
+    def refresh(self) -> None:
+        """Copy the hubs' weights here, where they are not views of them anyway."""
+        model = self._declared()
+        for channel in model.channels:
+            channel.refresh()
+        model.gather()
 
     # --- the rest -----------------------------------------------------------------------------
 
     @property
     def aliased(self) -> bool:
         """Whether `weights` are views of the hub's memory: see the setting `pull`."""
-        return self._channel is not None and self._channel.aliased
+        return self._model is not None and self._model.channels[0].aliased
 
     @property
     def _may_alias(self) -> bool:
@@ -265,13 +298,12 @@ class Worker:
     @property
     def joined_late(self) -> bool:
         """Whether the job was running already when this worker declared."""
-        return self._declared().link.formed
+        return all(channel.link.formed for channel in self._declared().channels)
 
     def times_updated(self, name: str) -> int:
-        """How often the hub has updated `name`; may change at any time."""
+        """How often `name` has been updated; may change at any time."""
         index = self._index(name)
-        channel = self._declared()
-        return int(channel.link.steps[channel.layout.pieces_of(index)[0]])
+        return self._declared().times_updated(index)
 
     @property
     def in_step(self) -> bool:
@@ -294,39 +326,30 @@ class Worker:
 
     @property
     def layout(self) -> Layout:
-        """What was declared."""
+        """What was declared, as one hub would have it."""
         return self._declared().layout
+
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """The hubs, in order, each with its part of what was declared."""
+        return self._declared().channels
+
+    @property
+    def every_bucket(self) -> Selection:
+        """What `push_buckets` takes for all that was declared."""
+        return self._declared().every
 
     def barrier(self) -> None:
         """Return once every live worker has called it."""
-        self._collective(m.Barrier)
+        with self._session.sequenced() as seq:
+            self._session.request(m.Barrier(**self._session.header(seq)))
 
     def stats(self) -> dict[str, Any]:
-        """The hub's own account: members, versions, dropped and skipped rounds."""
-        with self._session.sequenced() as seq:
-            _, payload = self._session.request(m.Stats(**self._session.header(seq)))
-        facts: dict[str, Any] = m.unpack(payload[0])
-        return facts
+        """The hub's own account: members, versions, dropped and skipped rounds.
 
-    def read(self, what: Readable, index: int, field: str = "") -> bytes:
-        """Bytes of optimizer state that live in the hub: see the READ message."""
-        with self._session.sequenced() as seq:
-            read = m.Read(**self._session.header(seq), what=what, field=field, index=index)
-            _, payload = self._session.request(read)
-        return b"".join(payload)
-
-    def write(self, what: Writable, index: int, data: bytes, field: str = "") -> None:
-        """Replace what `read` returns."""
-        step = self.settings.bucket_bytes
-        chunks = [data[at : at + step] for at in range(0, len(data), step)]
-        with self._session.sequenced() as seq:
-            write = m.Write(**self._session.header(seq), what=what, field=field, index=index)
-            self._session.request(write, *chunks)
-
-    def set_steps(self, steps: NDArray[np.int64]) -> None:
-        """Set the step count of every parameter, as after loading a checkpoint."""
-        with self._session.sequenced() as seq:
-            self._session.request(m.SetSteps(**self._session.header(seq)), steps.tobytes())
+        Of several hubs: one for all, with each one's own in the list "hubs".
+        """
+        return merge([session.stats() for session in self._sessions])
 
     def close(self, *, goodbye: bool = True) -> None:
         """Leave the job. Closing twice is allowed.
@@ -337,16 +360,11 @@ class Worker:
         calls, self._at_close = self._at_close, []
         for call in calls:
             call(goodbye)
-        # The hub may have gone first, which is no concern of a worker that leaves.
-        with contextlib.suppress(ZpsError), self._session.sequenced() as seq:
-            bye = m.Bye(**self._session.header(seq), failed=not goodbye)
-            self._session.request(bye, timeout_s=2.0)
-        self._session.close()
-        self._session.last_words = str
+        joining.leave(self._sessions, failed=not goodbye)
         self._under_way.clear()
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            channel.close()
+        model, self._model = self._model, None
+        if model is not None:
+            model.close()
             self._closed = True
 
     def at_close(self, call: Callable[[bool], None]) -> None:
@@ -364,15 +382,11 @@ class Worker:
 
     # --- parts --------------------------------------------------------------------------------
 
-    def _declared(self) -> Channel:
+    def _declared(self) -> Assembly:
         self._session.check_usable()
-        if self._channel is None:
+        if self._model is None:
             raise NotDeclared(f"rank {self.rank} has to call declare() first")
-        return self._channel
-
-    def _collective(self, kind: type[m.Publish] | type[m.Barrier]) -> None:
-        with self._session.sequenced() as seq:
-            self._session.request(kind(**self._session.header(seq)))
+        return self._model
 
     def _index(self, name: str) -> int:
         layout = self._declared().layout
@@ -391,20 +405,21 @@ class Worker:
             )
         return known[name]
 
-    def _buckets_of(self, names: tuple[str, ...]) -> NDArray[np.uint32]:
-        """The buckets in which these tensors lie, ascending. Raises UnknownName."""
-        channel = self._declared()
-        buckets = self._selected.get(names)
-        if buckets is None:
-            buckets = channel.buckets_of(self._index(name) for name in names)
+    def _buckets_of(self, names: tuple[str, ...]) -> Selection:
+        """The buckets in which these tensors lie. Raises UnknownName."""
+        model = self._declared()
+        selection = self._selected.get(names)
+        if selection is None:
+            selection = model.buckets_of(self._index(name) for name in names)
             if len(self._selected) >= _MAX_SELECTIONS:
                 self._selected.clear()
-            self._selected[names] = buckets
-        return buckets
+            self._selected[names] = selection
+        return selection
 
-    def _wait_for_slots(self, buckets: NDArray[np.uint32]) -> None:
+    def _wait_for_slots(self, selection: Selection) -> None:
         if not all(work.finished for work in self._under_way):
-            self._declared().wait_for_slots(buckets)
+            for channel, buckets in zip(self._declared().channels, selection, strict=True):
+                channel.wait_for_slots(buckets)
 
     def _fill(self, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> bool:
         """Copy gradients into the slots; whether all are finite."""
@@ -423,6 +438,29 @@ class Worker:
         if bad and self.settings.nonfinite == "raise":
             raise nonfinite(bad[0], self.rank)
         return not bad or self.settings.nonfinite == "allow"
+
+
+def _addresses(address: str | None, settings: Settings) -> tuple[str, ...]:
+    """The hubs to join, in order."""
+    named = settings.hubs if address is None else tuple(a.strip() for a in address.split(","))
+    if not named:
+        raise HubUnreachable("no hub is named: pass its address, or set ZPS_HUB")
+    if len(set(named)) < len(named):
+        raise ConfigError(f"{','.join(named)} names a hub twice")
+    return named
+
+
+def _groups_of(
+    shard: Shard, groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[int]]
+) -> list[dict[str, Any]]:
+    """The parameter groups as one hub gets them, with its own parameters by their index there."""
+    own: dict[int, list[int]] = {}
+    for index, part in enumerate(shard.parts):
+        own.setdefault(part.param, []).append(index)
+    return [
+        {**group, "params": [index for param in params for index in own.get(param, ())]}
+        for group, params in zip(groups, members, strict=True)
+    ]
 
 
 def _params(tensors: Mapping[str, torch.Tensor]) -> list[Param]:
