@@ -25,28 +25,34 @@ inline uint32_t absmax_bits(const float* v, std::size_t n) {
   return static_cast<uint32_t>(most);
 }
 
-/// The sum of the magnitudes above a threshold, in lanes: the same on every target.
-template <class Real>
-double sum_above_in(const float* v, std::size_t n, float threshold) {
+/// The sum of magnitude(v[i]), in lanes: the same on every target.
+template <class Real, class Magnitude>
+double sum_in(const float* v, std::size_t n, const Magnitude& magnitude) {
   Real lanes[kLanes] = {};
   std::size_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    for (std::size_t k = 0; k < kLanes; ++k) {
-      const float size = fabsf(v[i + k]);
-      lanes[k] += size > threshold ? size : 0.0f;
-    }
+    for (std::size_t k = 0; k < kLanes; ++k) lanes[k] += magnitude(v[i + k]);
   }
-  for (std::size_t k = 0; i < n; ++i, ++k) {
-    const float size = fabsf(v[i]);
-    lanes[k] += size > threshold ? size : 0.0f;
-  }
+  for (std::size_t k = 0; i < n; ++i, ++k) lanes[k] += magnitude(v[i]);
   return sum_of(lanes);
 }
 
 /// Floats are twice as fast, and overflow at the end of their range only.
+template <class Magnitude>
+double sum_magnitudes(const float* v, std::size_t n, const Magnitude& magnitude) {
+  const double sum = sum_in<float>(v, n, magnitude);
+  return sum <= 3.0e38 ? sum : sum_in<double>(v, n, magnitude);
+}
+
+inline double sum_all(const float* v, std::size_t n) {
+  return sum_magnitudes(v, n, [](float one) { return fabsf(one); });
+}
+
 inline double sum_above(const float* v, std::size_t n, float threshold) {
-  const double sum = sum_above_in<float>(v, n, threshold);
-  return sum <= 3.0e38 ? sum : sum_above_in<double>(v, n, threshold);
+  return sum_magnitudes(v, n, [=](float one) {
+    const float size = fabsf(one);
+    return size > threshold ? size : 0.0f;
+  });
 }
 
 inline std::size_t count_above(const float* v, std::size_t n, float threshold) {
@@ -66,12 +72,12 @@ Scale measure(const float* v, std::size_t n) {
 
 template <>
 inline Scale measure<Onebit>(const float* v, std::size_t n) {
-  return {mean_of(sum_above(v, n, -1.0f), n), 0.0f, 0.0f};
+  return {mean_of(sum_all(v, n), n), 0.0f, 0.0f};
 }
 
 template <>
 inline Scale measure<Ternary>(const float* v, std::size_t n) {
-  const float threshold = Ternary::kThreshold * mean_of(sum_above(v, n, -1.0f), n);
+  const float threshold = Ternary::kThreshold * mean_of(sum_all(v, n), n);
   return {mean_of(sum_above(v, n, threshold), count_above(v, n, threshold)), 0.0f, threshold};
 }
 
