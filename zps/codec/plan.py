@@ -19,6 +19,7 @@ from zps.codec.base import Codec
 from zps.codec.none import Plain
 from zps.codec.spec import Compression
 from zps.core.layout import ITEMSIZE, Bucket, Layout
+from zps.core.shards import whole_name
 
 __all__ = ["ALIGN_BYTES", "CODEC", "Plan"]
 
@@ -78,7 +79,7 @@ class Plan:
         of_param = [
             index.setdefault(codec, len(index))
             for codec in (
-                _PLAIN if param.nbytes < min_bytes else compression.codec_of(param.name)
+                _PLAIN if param.nbytes < min_bytes else compression.codec_of(whole_name(param.name))
                 for param in layout.params
             )
         ]

@@ -38,6 +38,8 @@ class Residual:
         pieces = len(plan.layout.pieces)
         self._which = np.zeros(pieces, np.uint8)  # the buffer that holds each piece's residual
         self._scale = np.ones(pieces, np.float64)  # the scale it was made under
+        self._left = np.zeros(pieces, np.bool_)  # what may be taken back
+        self._scale_before = np.ones(pieces, np.float64)
 
     @property
     def nbytes(self) -> int:
@@ -72,16 +74,25 @@ class Residual:
                 their residuals stay
         Buckets whose gradients are not finite must not be committed: their residual is not either.
         """
-        layout = self._plan.layout
-        left = np.zeros(len(layout.pieces), np.bool_)
-        for bucket in buckets:
-            pieces = layout.buckets[bucket].pieces
-            left[pieces.start : pieces.stop] = True
+        touched = self._pieces(buckets)
+        left = touched.copy()
         for param in absent:
-            pieces = layout.pieces_of(param)
+            pieces = self._plan.layout.pieces_of(param)
             left[pieces.start : pieces.stop] = False
+        self._left[touched] = left[touched]
         self._which ^= left
+        self._scale_before[left] = self._scale[left]
         self._scale[left] = scale
+
+    def revert(self, buckets: Iterable[int]) -> None:
+        """The last push of these buckets was not applied: they go on with what they had before it.
+
+        To be called before they are encoded again; twice is once.
+        """
+        back = self._pieces(buckets) & self._left
+        self._left[back] = False
+        self._which ^= back
+        self._scale[back] = self._scale_before[back]
 
     def state(self) -> Float32:
         """A copy of all residuals, in the unit of unscaled gradients, for a checkpoint.
@@ -109,11 +120,20 @@ class Residual:
             )
         self._which[:] = 0
         self._scale[:] = 1.0
+        self._left[:] = False
         begin = 0
         for _, where in ranges:
             count = where.stop - where.start
             self._buffers[0][where] = state[begin : begin + count]
             begin += count
+
+    def _pieces(self, buckets: Iterable[int]) -> NDArray[np.bool_]:
+        layout = self._plan.layout
+        chosen = np.zeros(len(layout.pieces), np.bool_)
+        for bucket in buckets:
+            pieces = layout.buckets[bucket].pieces
+            chosen[pieces.start : pieces.stop] = True
+        return chosen
 
     def _ranges(self) -> list[tuple[int, slice]]:
         """(piece, its elements) of every piece with error feedback, in the layout's order."""

@@ -7,13 +7,16 @@ same. A hub is handed a layout of its own, an ordinary one, and does not know of
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from zps.core.layout import ALIGN_BYTES, ITEMSIZE, Layout, Param, Piece
 from zps.errors import LayoutError
 
-__all__ = ["Part", "Shard", "cut"]
+__all__ = ["Part", "Shard", "cut", "whole_name"]
+
+_PART = re.compile(r"\[\d+:\d+\]$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,5 +115,10 @@ def _params(whole: Layout, parts: Sequence[Part]) -> Iterator[Param]:
         if part.count == param.numel:
             yield param
         else:
-            name = f"{param.name}[{part.begin}:{part.begin + part.count}]"
+            name = f"{param.name}[{part.begin}:{part.begin + part.count}]"  # see whole_name
             yield Param(name, (part.count,), param.dtype)
+
+
+def whole_name(name: str) -> str:
+    """The name of the parameter that a shard's parameter is, or is a part of."""
+    return _PART.sub("", name)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from zps import native
+from zps.codec.plan import Plan
 from zps.core.intake import Intake
 from zps.errors import ProtocolError
 from zps.hub.job import Job, Peer
@@ -53,6 +55,8 @@ class Courier:
         in_step  a bucket does not change before every worker has had its weights
         """
         self._job = job
+        self._plan = job.store.plan
+        self._checks = _checks(self._plan)
         self._roster = roster
         self._router = router
         self._in_step = in_step
@@ -88,7 +92,7 @@ class Courier:
                 self._deliver(announced, bucket, array)
         else:
             for bucket in push.buckets:
-                nbytes = self._job.layout.buckets[bucket].nbytes
+                nbytes = int(self._plan.bucket_nbytes[bucket])
                 self._intake.announce(peer.rank, push.round, bucket, nbytes)
 
     def data(self, peer: Peer, data: m.Data, payload: Sequence[Frame]) -> None:
@@ -141,8 +145,8 @@ class Courier:
 
     def _bytes_of(self, bucket: int, frames: Sequence[Frame]) -> NDArray[np.uint8]:
         """What arrived, whole and aligned; as it lies if it is so already."""
-        buckets = self._job.layout.buckets
-        expected = buckets[bucket].nbytes if bucket < len(buckets) else 0
+        sizes = self._plan.bucket_nbytes
+        expected = int(sizes[bucket]) if bucket < len(sizes) else 0
         came = sum(len(frame) for frame in frames)
         if came != expected:
             raise ProtocolError(
@@ -150,13 +154,17 @@ class Courier:
             )
         arrays = [np.frombuffer(frame, np.uint8) for frame in frames]
         if len(arrays) == 1 and arrays[0].ctypes.data % _ALIGN_BYTES == 0:
-            return arrays[0]
-        whole = _aligned(expected)
-        np.concatenate(arrays, out=whole)
+            whole = arrays[0]
+        else:
+            whole = _aligned(expected)
+            np.concatenate(arrays, out=whole)
+        for name, offset, encoding in self._checks.get(bucket, ()):
+            if wrong := encoding.check(int(whole.ctypes.data) + offset):
+                raise ProtocolError(f"the encoded gradient of {name!r}: {wrong}: nothing was taken")
         return whole
 
     def _deliver(self, announced: _Announced, bucket: int, array: NDArray[np.uint8]) -> None:
-        offset = self._job.layout.buckets[bucket].byte
+        offset = int(self._plan.bucket_offset[bucket])
         pushed = replace(announced.pushed, slots=array, slots_address=array.ctypes.data - offset)
         self._job.engine.push(pushed, (bucket,), (announced.bases[bucket],))
 
@@ -211,6 +219,18 @@ class Courier:
         if answer.push is None:
             weights = weights.copy()  # it may change before it has left
         return [m.encode(header), steps.tobytes(), weights.data]
+
+
+def _checks(plan: Plan) -> dict[int, list[tuple[str, int, native.Encoding]]]:
+    """For each bucket, what of it can be wrong: (parameter, offset, encoding)."""
+    found: defaultdict[int, list[tuple[str, int, native.Encoding]]] = defaultdict(list)
+    for index, piece in enumerate(plan.layout.pieces):
+        codec = plan.table[plan.codec_index[index]]
+        if codec["kind"] == native.KIND["topk"]:
+            param = plan.layout.params[piece.param]
+            encoding = native.Encoding(codec, piece.count, native.DTYPE[param.dtype])
+            found[piece.bucket].append((param.name, int(plan.piece_offset[index]), encoding))
+    return dict(found)
 
 
 def _aligned(nbytes: int) -> NDArray[np.uint8]:

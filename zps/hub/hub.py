@@ -317,7 +317,8 @@ class Hub:
         """Slots in memory that both see, or else room for what has to be remembered of it."""
         if shared and peer.pidfd >= 0:
             if peer.slots is None:
-                nbytes = job.layout.arena_bytes * (2 if self._keeps_base else 1)
+                nbytes = job.store.plan.total_bytes
+                nbytes += job.layout.arena_bytes if self._keeps_base else 0
                 peer.slots = Segment.create(f"slots-{peer.rank}", nbytes)
             return
         if peer.slots is not None:  # it could not map what it was offered
@@ -390,7 +391,7 @@ class Hub:
         assert peer.hypers is not None
         slots, base = peer.slots, 0
         if self._keeps_base:
-            base = slots.address + job.layout.arena_bytes if slots else peer.base_address
+            base = slots.address + job.store.plan.total_bytes if slots else peer.base_address
         pushed = Pushed(
             rank=peer.rank,
             session=peer.session,

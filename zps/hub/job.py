@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zps import native
+from zps.codec.plan import Plan
 from zps.config import Settings
 from zps.core.layout import Layout
 from zps.core.rounds import Mode
@@ -139,6 +140,7 @@ class Job:
             declared.hypers,
             pool=pool,
             control=control,
+            plan=Plan.build(layout, settings.push_codecs, settings.compression_min_bytes),
         )
         policy = Policy(
             mode=Mode(settings.mode),

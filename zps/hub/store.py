@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zps import native
+from zps.codec.plan import Plan
+from zps.codec.spec import Compression
 from zps.core.layout import Layout
 from zps.errors import ProtocolError
 from zps.memory.cast import from_float32, to_float32
@@ -80,7 +83,9 @@ class _Bucket:
     """What never changes between two applications of a bucket."""
 
     job: native.Job
+    plain_job: native.Job  # the same for contributions that are not encoded, such as an average
     offset: int  # bytes from the start of a worker's slots
+    byte: int  # bytes from the start of the weights arena
     params: list[int]
     steps: NDArray[np.int64]  # a view into the control segment, one a piece
     next_steps: NDArray[np.int64]  # what the job is given
@@ -100,8 +105,11 @@ class Store:
         *,
         pool: native.Pool,
         control: Control,
+        plan: Plan | None = None,
     ):
+        """plan: how contributions are encoded; None: not at all"""
         self.layout = layout
+        self.plan = Plan.build(layout, Compression()) if plan is None else plan
         self.control = control
         self._pool = pool
         self._group_of = list(group_of)
@@ -199,9 +207,8 @@ class Store:
         if first.absent:
             absent = first.absent.intersection(*(c.absent for c in counted))
             present = np.array([param not in absent for param in bucket.params], np.int64)
-        job = bucket.job
-        offset = bucket.offset
-        job.slots = [c.slots_address + offset for c in counted]
+        job = bucket.plain_job if update.reduced else bucket.job
+        job.slots = [c.slots_address + bucket.offset for c in counted]
         if update.reduced:
             job.slots, job.scales, job.divisor = [self._accumulated(update.bucket)], [], 1.0
         elif self._divides and all(c.samples == first.samples for c in counted):
@@ -218,7 +225,7 @@ class Store:
         job.coef = coef
         job.lr_factor = update.lr_factor
         job.dc_lambda = update.dc_lambda
-        job.base_ptr = first.base_address + offset if update.dc_lambda else 0
+        job.base_ptr = first.base_address + bucket.byte if update.dc_lambda else 0
         return job, (bucket, present)
 
     def _apply_foreign(
@@ -365,7 +372,8 @@ class Store:
         segments = np.zeros(len(pieces), native.SEGMENT)
         for i, piece in enumerate(pieces):
             segments[i] = (piece.begin - spec.begin, piece.count, self._group_of[piece.param], i)
-        job = native.Job(
+        make_job = partial(
+            native.Job,
             rule=self.rule.kernel if self.rule is not None else native.RULES["mean"].kernel,
             segments=segments,
             grad_dtype=native.DTYPE[spec.dtype],
@@ -373,15 +381,31 @@ class Store:
             master_ptr=self._master(index).ctypes.data,
             seq_ptr=self.control.seq_address(index),
         )
-        job.steps = np.zeros(len(pieces), np.int64)
+        codecs, encoded = self._codecs(index)
+        plain_job = make_job()
+        job = plain_job if codecs is None else make_job(codecs=codecs, encoded=encoded)
+        job.steps = plain_job.steps = np.zeros(len(pieces), np.int64)
         return _Bucket(
             job=job,
-            offset=spec.byte,
+            plain_job=plain_job,
+            offset=int(self.plan.bucket_offset[index]),
+            byte=spec.byte,
             params=[piece.param for piece in pieces],
             steps=self.control.steps[spec.pieces.start : spec.pieces.stop],
             next_steps=job.steps,
             all_present=np.ones(len(pieces), np.int64),
         )
+
+    def _codecs(
+        self, index: int
+    ) -> tuple[NDArray[np.void], NDArray[np.uint64]] | tuple[None, None]:
+        """The codec and the offset of each piece in an encoded bucket; None: none is encoded."""
+        pieces, plan = self.layout.buckets[index].pieces, self.plan
+        codecs = plan.table[plan.codec_index[pieces.start : pieces.stop]]
+        if not codecs["kind"].any():
+            return None, None
+        offsets = plan.piece_offset[pieces.start : pieces.stop].astype(np.uint64)
+        return codecs.astype(native.CODEC), offsets
 
     def _add_state(self, name: str) -> None:
         assert self.rule is not None
@@ -389,7 +413,7 @@ class Store:
         self._state[name] = flat
         for bucket, spec in zip(self._buckets, self.layout.buckets, strict=True):
             bucket.state[name] = flat[spec.begin : spec.begin + spec.count]
-            bucket.job.state_ptrs = [
+            bucket.job.state_ptrs = bucket.plain_job.state_ptrs = [
                 bucket.state[n].ctypes.data if n in bucket.state else 0 for n in self.rule.states
             ]
         for piece in self.layout.pieces:

@@ -10,19 +10,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from zps.errors import GradientModified, UnsupportedError
 from zps.memory.control import Outcome
-from zps.worker.gradients import check_like, encode, nonfinite
+from zps.worker.gradients import check_like, nonfinite
 from zps.worker.link import PushInfo
 from zps.worker.work import Work
 from zps.worker.worker import Worker
 
 Params = list[tuple[str, torch.nn.Parameter]]
+
+
+class _Copied(NamedTuple):
+    """A gradient that lies in its slot, as it was then."""
+
+    gradient: torch.Tensor
+    version: int
+    finite: bool
+    scale: float
+
+    def is_still(self, gradient: torch.Tensor | None) -> bool:
+        return gradient is self.gradient and gradient._version == self.version
 
 
 class GradientStream:
@@ -41,7 +53,9 @@ class GradientStream:
         self._params = params
         self._overlap = overlap
         self._info = info
-        self._slots = [worker.slot(name) for name, _ in params]
+        self._model = worker.model
+        self._coded = [self._model.is_coded(i) for i in range(len(params))]
+        self._scale = 1.0
         self._buckets = worker.every_bucket
         self._hooks: dict[int, Any] = {}  # parameter -> its hook's handle
         self._paused = False
@@ -62,7 +76,6 @@ class GradientStream:
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
-        self._slots.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -73,16 +86,20 @@ class GradientStream:
         finally:
             self._paused = before
 
-    def finish(self, *, scaled: bool, finite: bool = True) -> tuple[Outcome, ...]:
+    def finish(
+        self, *, scaled: bool, finite: bool = True, scale: float = 1.0
+    ) -> tuple[Outcome, ...]:
         """Hand the round over, wait for it, and begin the next.
 
         scaled  a GradScaler is at work: it changes gradients after backward, and infinities skip
                 the round for everyone
         finite  False: the scaler has found some already
+        scale   what the loss was multiplied by
         Raises GradientModified, NonFiniteGradient (nothing has left then), WaitTimeout (the same
         step may be tried again), HubLost.
         """
         if self._work is None:
+            self._scale = scale
             self._work = self._hand_over(scaled, finite)
         outcomes = self._work.wait().outcomes
         self._begin()
@@ -98,8 +115,8 @@ class GradientStream:
 
     def _begin(self) -> None:
         self._work = None
-        # parameter -> the gradient that lies in its slot, the gradient's version, is it finite
-        self._copied: dict[int, tuple[torch.Tensor, int, bool]] = {}
+        # parameter -> the gradient that lies in its slot
+        self._copied: dict[int, _Copied] = {}
 
     def _on_ready(self, index: int) -> None:
         gradient = self._params[index][1].grad
@@ -112,17 +129,19 @@ class GradientStream:
         absent = []
         for index, (_, param) in enumerate(self._params):
             copied = self._copied.get(index)
-            if copied is not None and _is_same(param.grad, copied[:2]):
+            if copied is not None and copied.is_still(param.grad):
+                if copied.scale != self._scale and self._coded[index] and param.grad is not None:
+                    self._copy(index, param.grad)  # what was lost before has another scale
                 continue
             if copied is not None and not scaled:
                 raise self._modified(index)
             if param.grad is None:
                 self._copied.pop(index, None)
-                self._slots[index].zero_()
+                self._model.clear(index)
                 absent.append(index)
             else:
                 self._copy(index, param.grad)
-        bad = [index for index, (_, _, fine) in self._copied.items() if not fine]
+        bad = [index for index, copied in self._copied.items() if not copied.finite]
         if bad and not scaled and self._worker.settings.nonfinite == "raise":
             raise nonfinite(self._params[min(bad)][0], self._worker.rank)
         info = self._info(finite and not bad)
@@ -131,15 +150,16 @@ class GradientStream:
         return self._worker.push_buckets(self._buckets, info)
 
     def _copy(self, index: int, gradient: torch.Tensor) -> None:
-        name, slot = self._params[index][0], self._slots[index]
         if gradient.is_sparse:
             raise UnsupportedError(
-                f"the gradient of {name!r} is sparse, which this version does not exchange; "
-                "use sparse=False"
+                f"the gradient of {self._params[index][0]!r} is sparse, which this version does "
+                "not exchange; use sparse=False"
             )
-        check_like(name, slot, gradient, self._worker.rank)
-        finite = encode(gradient, slot) or self._worker.settings.nonfinite == "allow"
-        self._copied[index] = gradient, gradient._version, finite
+        check_like(self._model.layout.params[index], gradient, self._worker.rank)
+        # Before the step, a scaler's scale is known only as it was: mostly it still is that.
+        finite = self._model.load(index, gradient, self._scale)
+        finite = finite or self._worker.settings.nonfinite == "allow"
+        self._copied[index] = _Copied(gradient, gradient._version, finite, self._scale)
 
     def _modified(self, index: int) -> GradientModified:
         return GradientModified(
@@ -148,7 +168,3 @@ class GradientStream:
             "zps.Optimizer to clip the averaged gradient, or overlap=False to send gradients as "
             "they are at the step"
         )
-
-
-def _is_same(gradient: torch.Tensor | None, copied: tuple[torch.Tensor, int]) -> bool:
-    return gradient is copied[0] and gradient._version == copied[1]

@@ -109,7 +109,7 @@ class Optimizer(torch.optim.Optimizer):
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)  # set by a GradScaler
         scaled = found_inf is not None
         finite = not (scaled and bool(found_inf))
-        outcomes = self._stream.finish(scaled=scaled, finite=finite)
+        outcomes = self._stream.finish(scaled=scaled, finite=finite, scale=self._loss_scale())
         skipped = Outcome.SKIPPED in outcomes
         if self._apply == "worker":
             if not skipped:
@@ -255,15 +255,18 @@ class Optimizer(torch.optim.Optimizer):
         hypers = self._changed_hypers()
         if hypers is not None:
             self._sent, self._told = hypers, self._spec.hypers(self.param_groups)
-        scale = getattr(self, "grad_scale", None)
         hold = hasattr(self, "found_inf") or self._worker.settings.nonfinite == "skip"
         return PushInfo(
             samples=float(self.samples),
-            grad_scale=1.0 if scale is None else float(scale),
+            grad_scale=self._loss_scale(),
             finite=finite,
             hold=hold,
             hypers=hypers,
         )
+
+    def _loss_scale(self) -> float:
+        scale = getattr(self, "grad_scale", None)  # set by a GradScaler
+        return 1.0 if scale is None else float(scale)
 
     def _changed_hypers(self) -> bytes | None:
         """The hyperparameters as they travel, if they are not what the hub was last told."""

@@ -1,21 +1,24 @@
 """What a worker has declared, put together from its hubs.
 
-A parameter that one hub has in full is that hub's memory. One that is spread over several has a
-slot and weights of its own here, and is copied to and from its parts.
+A parameter that one hub has in full is that hub's memory. One that is spread over several has
+weights of its own here, put together from its parts. A gradient goes from wherever it is into the
+slots of its hubs; only one that a loop writes in place, and that is spread or encoded, is kept here
+before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from zps.core.layout import Layout
+from zps.core.layout import Layout, Param
 from zps.core.shards import Part
 from zps.worker.channel import Channel
+from zps.worker.gradients import copy, inspect
 
 Selection = tuple[NDArray[np.uint32], ...]
 """Buckets of each hub, ascending, one array a hub."""
@@ -31,7 +34,6 @@ class _Copy(NamedTuple):
 class Assembly:
     """The parameters of all hubs, by their index in the whole layout.
 
-    slots    where each gradient is laid
     weights  each parameter as it was last seen
     """
 
@@ -42,14 +44,14 @@ class Assembly:
         for channel in channels:
             for index, part in enumerate(channel.parts):
                 self._places[part.param].append((channel, index, part))
-        self.slots: list[torch.Tensor] = []
         self.weights: list[torch.Tensor] = []
-        self._outgoing: dict[Channel, dict[int, list[_Copy]]] = {c: {} for c in channels}
+        self._slots: list[torch.Tensor | None] = []
+        self._staged: dict[int, torch.Tensor] = {}
         self._incoming: dict[int, list[_Copy]] = {}
         for index, places in enumerate(self._places):
             if len(places) == 1:
                 channel, local, _ = places[0]
-                self.slots.append(channel.slots[local])
+                self._slots.append(channel.slot(local))
                 self.weights.append(channel.weights[local])
             else:
                 self._spread(index)
@@ -76,14 +78,47 @@ class Assembly:
 
     # --- copies -------------------------------------------------------------------------------
 
-    def hand_over(self, selection: Selection) -> None:
-        """Bring what lies in the slots of spread parameters to the slots of these buckets."""
-        for channel, buckets in zip(self.channels, selection, strict=True):
-            outgoing = self._outgoing[channel]
-            if outgoing:
-                for bucket in outgoing.keys() & set(buckets.tolist()):
-                    for own, theirs in outgoing[bucket]:
-                        theirs.copy_(own)
+    def slot(self, index: int) -> torch.Tensor:
+        """A tensor to write a parameter's gradient to: its hub's slot, or one that is kept here."""
+        slot = self._slots[index]
+        if slot is None:
+            slot = self._staged.get(index)
+        if slot is None:
+            param = self.layout.params[index]
+            slot = self._staged[index] = torch.zeros(param.shape, dtype=_dtype(param))
+        return slot
+
+    def load(self, index: int, gradient: torch.Tensor, scale: float = 1.0) -> bool:
+        """Bring a gradient into the slots of its hubs; whether it is finite.
+
+        gradient  of the parameter's shape and dtype, anywhere
+        scale     what the loss was multiplied by; only what is encoded needs it
+        """
+        source = gradient.detach().cpu().contiguous()
+        slot = self._slots[index]
+        if slot is not None:
+            return copy(source, slot)
+        parts = [
+            self._load_part(channel, local, _flat(source, part), scale)
+            for channel, local, part in self._places[index]
+        ]
+        return all(parts)
+
+    def load_in_place(self, index: int, *, look: bool) -> bool:
+        """The same for what was written to `slot`. Without `look` some may be taken for finite."""
+        slot = self._slots[index]
+        if slot is None:
+            return self.load(index, self.slot(index))
+        return not look or inspect(slot)
+
+    def clear(self, index: int) -> None:
+        """Lay a gradient of zeros."""
+        for channel, local, _ in self._places[index]:
+            channel.encoder.clear(local)
+
+    def is_coded(self, index: int) -> bool:
+        """Whether a parameter's gradient is encoded."""
+        return any(channel.encoder.is_coded(local) for channel, local, _ in self._places[index])
 
     def gather(self, params: Iterable[int] | None = None) -> None:
         """Put the weights of spread parameters together from their parts; None: of all."""
@@ -106,8 +141,8 @@ class Assembly:
 
     def close(self) -> None:
         """Let go of the hubs' memory."""
-        self.slots, self.weights = [], []
-        self._outgoing.clear()
+        self.weights = []
+        self._slots.clear()
         self._incoming.clear()
         for channel in self.channels:
             channel.close()
@@ -116,24 +151,24 @@ class Assembly:
 
     def _spread(self, index: int) -> None:
         param = self.layout.params[index]
-        dtype: torch.dtype = getattr(torch, param.dtype)
-        slot, weights = torch.zeros(param.shape, dtype=dtype), torch.zeros(param.shape, dtype=dtype)
-        self.slots.append(slot)
+        weights = torch.zeros(param.shape, dtype=_dtype(param))
+        self._slots.append(None)
         self.weights.append(weights)
-        self._incoming[index] = []
-        for channel, local, part in self._places[index]:
-            copy = _Copy(_flat(weights, part), channel.weights[local])
-            self._incoming[index].append(copy)
-            for bucket, begin, count in _in_buckets(channel.layout, local):
-                piece = Part(index, part.begin + begin, count)
-                out = _Copy(_flat(slot, piece), channel.slots[local][begin : begin + count])
-                self._outgoing[channel].setdefault(bucket, []).append(out)
+        self._incoming[index] = [
+            _Copy(_flat(weights, part), channel.weights[local])
+            for channel, local, part in self._places[index]
+        ]
+
+    def _load_part(self, channel: Channel, local: int, source: torch.Tensor, scale: float) -> bool:
+        slot = channel.slot(local)
+        if slot is not None:
+            return copy(source, slot)
+        return channel.encoder.encode(local, source, scale)
 
 
-def _in_buckets(layout: Layout, param: int) -> Iterator[tuple[int, int, int]]:
-    """(bucket, first element, count) of each piece of a parameter."""
-    for piece in (layout.pieces[i] for i in layout.pieces_of(param)):
-        yield piece.bucket, piece.param_begin, piece.count
+def _dtype(param: Param) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, param.dtype)
+    return dtype
 
 
 def _flat(tensor: torch.Tensor, part: Part) -> torch.Tensor:

@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from zps.codec.plan import Plan
 from zps.config import Settings
 from zps.core.layout import Param
 from zps.core.shards import Shard
+from zps.memory.control import Outcome
 from zps.wire import messages as m
+from zps.worker.encoder import Encoder
 from zps.worker.link import Link, PushInfo
 from zps.worker.message_link import MessageLink
 from zps.worker.session import Session
@@ -55,17 +58,18 @@ class Channel:
         self._is_whole = self._owners.tolist() == list(range(shard.total))
         session.received = 1
         self.aliased = aliased
+        plan = Plan.build(layout, settings.push_codecs, settings.compression_min_bytes)
         self.link: Link = (
-            MessageLink(session, layout, attach)
+            MessageLink(session, plan, attach)
             if attach.control is None
-            else ShmLink(session, layout, attach, aliased=aliased)
+            else ShmLink(session, plan, attach, aliased=aliased)
         )
         session.last_words = self.link.last_words
         count = len(layout.buckets)
         self._next_round = np.full(count, self.link.first_round, np.int64)
         self._last_seq = np.zeros(count, np.uint64)
         self._replica = self._make_replica()
-        self.slots = [self._tensor(self.link.slots, i) for i in range(len(layout.params))]
+        self.encoder = Encoder(plan, self.link.slots, stream=session.rank)
         self.weights = [self._tensor(self._replica, i) for i in range(len(layout.params))]
 
     # --- tensors ------------------------------------------------------------------------------
@@ -78,6 +82,12 @@ class Channel:
         """The shared copy of an extra, as rank 0 last published it."""
         layout = self.layout
         return _tensor(self.link.weights, layout.extra_bytes[index], layout.extras[index])
+
+    def slot(self, index: int) -> torch.Tensor | None:
+        """Where a parameter's gradient is laid as it is; None for one that is encoded."""
+        if self.encoder.is_coded(index):
+            return None
+        return _tensor(self.encoder.place(index), 0, self.layout.params[index])
 
     def buckets_of(self, params: Iterable[int]) -> NDArray[np.uint32]:
         """The buckets in which these parameters lie, ascending."""
@@ -111,7 +121,10 @@ class Channel:
                 part = same[at : at + m.MAX_PUSH_BUCKETS]
                 self._last_seq[part] = self.link.push(number, part.tolist(), info)
             self._next_round[same] = number + 1
-        return Part(self.link, buckets, self._last_seq[buckets])
+        absent = () if info.absent is None else info.absent.tolist()
+        if info.finite:
+            self.encoder.commit(buckets, info.grad_scale, absent=absent)
+        return Part(self.link, buckets, self._last_seq[buckets], self._settle)
 
     def refresh(self, buckets: Sequence[int] | NDArray[np.uint32] | None = None) -> None:
         """Copy the hub's weights here, where they are not views of them anyway."""
@@ -162,11 +175,17 @@ class Channel:
 
     def close(self) -> None:
         """Let go of the memory; the session is the caller's."""
-        self.slots, self.weights = [], []
+        self.weights = []
         self._replica = np.empty(0, np.uint8)
         self.link.close()
 
     # --- parts --------------------------------------------------------------------------------
+
+    def _settle(self, buckets: NDArray[np.uint32], outcomes: Sequence[Outcome]) -> None:
+        """What was encoded and came to nothing is fed back as if it had never left."""
+        lost = [b for b, o in zip(buckets, outcomes, strict=True) if o is not Outcome.APPLIED]
+        if lost:
+            self.encoder.revert(lost)
 
     def _make_replica(self) -> NDArray[np.uint8]:
         if self.aliased or self.link.private:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 
 from zps import native
+from zps.core.layout import Param
 from zps.errors import NonFiniteGradient, TensorMismatch
 
+_DTYPE_NAME = {getattr(torch, name): name for name in native.DTYPE}
 _DTYPE_ID = {getattr(torch, name): number for name, number in native.DTYPE.items()}
 
 
-def encode(gradient: torch.Tensor, slot: torch.Tensor) -> bool:
-    """Copy a gradient into its slot in one pass, from wherever it is; whether it is finite."""
+def copy(source: torch.Tensor, slot: torch.Tensor) -> bool:
+    """Copy a contiguous gradient into its slot in one pass; whether it is finite."""
     if slot.numel() == 0:
         return True
-    source = gradient.detach().cpu().contiguous()
     _, finite = native.encode(source.data_ptr(), slot.data_ptr(), slot.numel(), dtype_id(slot))
     return finite
 
@@ -25,12 +26,13 @@ def inspect(slot: torch.Tensor) -> bool:
     return n == 0 or native.inspect(slot.data_ptr(), n, dtype_id(slot))[1]
 
 
-def check_like(name: str, slot: torch.Tensor, tensor: torch.Tensor, rank: int) -> None:
-    """Raise TensorMismatch unless `tensor` can be the gradient of what was declared as `name`."""
-    if tensor.shape != slot.shape or tensor.dtype != slot.dtype or tensor.layout != torch.strided:
+def check_like(param: Param, tensor: torch.Tensor, rank: int) -> None:
+    """Raise TensorMismatch unless `tensor` can be the gradient of what was declared."""
+    same = tuple(tensor.shape) == param.shape and dtype_name(tensor) == param.dtype
+    if not same or tensor.layout != torch.strided:
         raise TensorMismatch(
-            f"the gradient of {name!r} on rank {rank} is {_describe(tensor)}, "
-            f"but {_describe(slot)} was declared"
+            f"the gradient of {param.name!r} on rank {rank} is {_describe(tensor)}, "
+            f"but {param.dtype} {param.shape} was declared"
         )
 
 
@@ -47,7 +49,7 @@ def dtype_id(tensor: torch.Tensor) -> int:
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return _DTYPE_NAME.get(tensor.dtype) or str(tensor.dtype).removeprefix("torch.")
 
 
 def _describe(tensor: torch.Tensor) -> str:

@@ -58,7 +58,7 @@ class Link(Protocol):
 
     @property
     def slots(self) -> NDArray[np.uint8]:
-        """Where gradients are laid before they are pushed, as the layout's buckets lie."""
+        """Where gradients are laid before they are pushed, as the plan says."""
         ...
 
     @property

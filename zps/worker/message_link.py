@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from zps.core.layout import Layout
+from zps.codec.plan import Plan
 from zps.errors import ProtocolError, WaitTimeout
 from zps.memory.control import Outcome, done_target, done_word, outcomes_of
 from zps.memory.segment import private_floats
@@ -31,14 +31,15 @@ class MessageLink:
 
     private = True
 
-    def __init__(self, session: Session, layout: Layout, attach: m.Attach):
+    def __init__(self, session: Session, plan: Plan, attach: m.Attach):
         self._session = session
-        self._layout = layout
+        self._plan = plan
+        self._layout = layout = plan.layout
         self.first_round = attach.first_round
         self.formed = attach.formed
         count = len(layout.buckets)
         self._weights = _private_bytes(layout.total_bytes, "the weights of this worker")
-        self._slots = _private_bytes(layout.arena_bytes, "the gradients of this worker")
+        self._slots = _private_bytes(plan.total_bytes, "the gradients of this worker")
         self._versions = np.zeros(count, np.int64)
         self._closed = np.zeros(count, np.int64)
         self._steps = np.zeros(len(layout.pieces), np.int64)
@@ -66,7 +67,7 @@ class MessageLink:
     def push(self, round_: int, buckets: list[int], info: PushInfo) -> int:
         payload: list[Frame] = [] if info.hypers is None else [info.hypers]
         payload += [] if info.absent is None else [info.absent.tobytes()]
-        inline = sum(self._layout.buckets[b].nbytes for b in buckets) <= INLINE_BYTES
+        inline = int(self._plan.bucket_nbytes[buckets].sum()) <= INLINE_BYTES
         if inline:
             payload += [bytes(self._slot(bucket)) for bucket in buckets]
         with self._session.sequenced() as seq:
@@ -194,8 +195,8 @@ class MessageLink:
     # --- parts --------------------------------------------------------------------------------
 
     def _slot(self, bucket: int) -> memoryview:
-        spec = self._layout.buckets[bucket]
-        return self._slots[spec.byte : spec.byte + spec.nbytes].data
+        begin = self._plan.bucket_offset[bucket]
+        return self._slots[begin : begin + self._plan.bucket_nbytes[bucket]].data
 
     def _write(self, what: str, index: int, data: NDArray[np.uint8]) -> None:
         limit = self._session.settings.bucket_bytes

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zps import native
-from zps.core.layout import Layout
+from zps.codec.plan import Plan
 from zps.errors import Closed, ProtocolError, WaitTimeout
 from zps.memory.control import Control, Outcome, done_target, outcomes_of
 from zps.memory.segment import Segment, SegmentRef
@@ -33,9 +33,10 @@ class ShmLink:
 
     private = False
 
-    def __init__(self, session: Session, layout: Layout, attach: m.Attach, *, aliased: bool):
+    def __init__(self, session: Session, plan: Plan, attach: m.Attach, *, aliased: bool):
         self._session = session
-        self._layout = layout
+        self._layout = layout = plan.layout
+        self._slot_bytes = plan.total_bytes
         self.first_round = attach.first_round
         self.formed = attach.formed
         assert attach.control is not None
@@ -57,7 +58,7 @@ class ShmLink:
         self._control.check(session.welcome.epoch)
         for segment, needed in (
             (self._weights, layout.total_bytes),
-            (self._slots, layout.arena_bytes),
+            (self._slots, plan.total_bytes),
         ):
             if segment.nbytes < needed:
                 raise ProtocolError(f"the hub's arena has {segment.nbytes} bytes, not {needed}")
@@ -197,8 +198,10 @@ class ShmLink:
         return self._control.last_words
 
     def replica(self) -> NDArray[np.uint8] | None:
-        size = self._layout.arena_bytes
-        return self._slots.bytes[size : 2 * size] if self._slots.nbytes > size else None
+        begin = self._slot_bytes
+        if self._slots.nbytes <= begin:
+            return None
+        return self._slots.bytes[begin : begin + self._layout.arena_bytes]
 
     # --- parts --------------------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ class Part(NamedTuple):
     link: Link
     buckets: NDArray[np.uint32]
     seqs: NDArray[np.uint64]
+    settle: Callable[[NDArray[np.uint32], Sequence[Outcome]], None]
+    """Called once with the buckets and what became of each."""
 
 
 class Work:
@@ -49,11 +51,12 @@ class Work:
         if not self._finished:
             limit = self._default_timeout_s if timeout_s is None else timeout_s
             deadline = time.monotonic() + limit
-            for link, buckets, seqs in self._parts:
-                link.wait(buckets, seqs, max(0.0, deadline - time.monotonic()))
-            self._outcomes = tuple(
-                o for part in self._parts for o in part.link.outcomes(part.buckets)
-            )
+            for part in self._parts:
+                part.link.wait(part.buckets, part.seqs, max(0.0, deadline - time.monotonic()))
+            found = [part.link.outcomes(part.buckets) for part in self._parts]
+            for part, outcomes in zip(self._parts, found, strict=True):
+                part.settle(part.buckets, outcomes)
+            self._outcomes = tuple(outcome for outcomes in found for outcome in outcomes)
             self._finish()
             self._finished = True
         return self
@@ -73,7 +76,7 @@ class Work:
         if self._finished:
             return True
         self._attend()
-        return all(link.done(buckets, seqs) for link, buckets, seqs in self._parts)
+        return all(part.link.done(part.buckets, part.seqs) for part in self._parts)
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:

@@ -25,7 +25,7 @@ from zps.worker import joining
 from zps.worker.account import merge
 from zps.worker.assembly import Assembly, Selection
 from zps.worker.channel import Channel
-from zps.worker.gradients import check_like, dtype_name, encode, inspect, nonfinite
+from zps.worker.gradients import check_like, dtype_name, nonfinite
 from zps.worker.link import PushInfo
 from zps.worker.verdicts import Verdicts
 from zps.worker.work import Work
@@ -199,7 +199,7 @@ class Worker:
         It belongs to the hub from the push until the push has been waited for.
         """
         index = self._index(name)
-        return self._declared().slots[index]
+        return self._declared().slot(index)
 
     def weights(self, name: str) -> torch.Tensor:
         """The values of `name` as this worker sees them.
@@ -266,7 +266,6 @@ class Worker:
         Every hub has its part before any of them is waited for.
         """
         model = self._declared()
-        model.hand_over(selection)
         parts = [
             channel.push(buckets, info)
             for channel, buckets in zip(model.channels, selection, strict=True)
@@ -333,6 +332,11 @@ class Worker:
     def channels(self) -> tuple[Channel, ...]:
         """The hubs, in order, each with its part of what was declared."""
         return self._declared().channels
+
+    @property
+    def model(self) -> Assembly:
+        """What was declared, put together from all hubs: for who brings many gradients."""
+        return self._declared()
 
     @property
     def every_bucket(self) -> Selection:
@@ -422,16 +426,20 @@ class Worker:
                 channel.wait_for_slots(buckets)
 
     def _fill(self, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> bool:
-        """Copy gradients into the slots; whether all are finite."""
-        pairs = [(name, self.slot(name), tensors[name]) for name in names]
-        for name, slot, tensor in pairs:
-            check_like(name, slot, tensor, self.rank)
-        return self._all_finite((name, encode(tensor, slot)) for name, slot, tensor in pairs)
+        """Bring gradients into the slots; whether all are finite."""
+        model = self._declared()
+        pairs = [(self._index(name), tensors[name]) for name in names]
+        for index, tensor in pairs:
+            check_like(model.layout.params[index], tensor, self.rank)
+        return self._all_finite(
+            zip(names, [model.load(index, tensor) for index, tensor in pairs], strict=True)
+        )
 
     def _inspect(self, names: Sequence[str]) -> bool:
-        if self.settings.nonfinite == "allow":
-            return True
-        return self._all_finite((name, inspect(self.slot(name))) for name in names)
+        model, look = self._declared(), self.settings.nonfinite != "allow"
+        return self._all_finite(
+            (name, model.load_in_place(self._index(name), look=look)) for name in names
+        )
 
     def _all_finite(self, findings: Iterable[tuple[str, bool]]) -> bool:
         bad = [name for name, finite in findings if not finite]
