@@ -30,7 +30,7 @@ EXAMPLES: list[m.Message] = [
         finite=True, hold=False, hypers=True, absent=False,
     ),
     m.Data(**SESSIONED, push=3 << 32, bucket=5),
-    m.Pull(**SESSIONED, buckets=[1, 2]),
+    m.Pull(**SESSIONED, buckets=[1, 2], whole=True),
     m.Verdict(**SESSIONED, round=7, norm_sq=2.5, finite=True),
     m.Read(**SESSIONED, what="state", field="exp_avg", index=4),
     m.Write(**SESSIONED, what="foreign", field="", index=0),
@@ -48,7 +48,7 @@ EXAMPLES: list[m.Message] = [
     m.Ok(seq=1),
     m.Fetch(push=3 << 32, buckets=[0, 5]),
     m.Consumed(push=3 << 32, buckets=[0, 5], outcomes=[0, 2]),
-    m.Weights(bucket=5, version=8, closed=9, push=None, outcome=0),
+    m.Weights(bucket=5, version=8, closed=9, push=None, outcome=0, coded=False),
     m.Refuse(seq=None, code="layout", text="é" * 700),
     m.Closing(text="the hub was stopped"),
 ]  # fmt: skip

@@ -22,8 +22,12 @@ from zps.hub.job import Job, Peer
 from zps.hub.roster import Roster
 from zps.hub.store import Pushed
 from zps.memory.control import Outcome
+from zps.memory.deltas import Deltas
+from zps.memory.segment import private_bytes
 from zps.wire import messages as m
 from zps.wire.sockets import Frame, Router
+
+Bytes = NDArray[np.uint8]
 
 _ALIGN_BYTES = 8  # of what the kernels read; every allocator gives as much
 
@@ -44,15 +48,26 @@ class _Answer:
     bucket: int
     push: int | None
     outcome: Outcome = Outcome.APPLIED
+    whole: bool = False  # it asked for the values themselves
 
 
 class Courier:
     """What travels between one job and its remote workers."""
 
-    def __init__(self, job: Job, roster: Roster, router: Router, *, budget: int, in_step: bool):
+    def __init__(
+        self,
+        job: Job,
+        roster: Roster,
+        router: Router,
+        *,
+        budget: int,
+        in_step: bool,
+        way_back: Plan,
+    ):
         """
-        budget   bytes of gradients to hold at a time
-        in_step  a bucket does not change before every worker has had its weights
+        budget    bytes of gradients to hold at a time
+        in_step   a bucket does not change before every worker has had its weights
+        way_back  how weights are encoded
         """
         self._job = job
         self._plan = job.store.plan
@@ -60,6 +75,12 @@ class Courier:
         self._roster = roster
         self._router = router
         self._in_step = in_step
+        self._deltas = None if way_back.identity else Deltas(way_back)
+        # In step all workers hold the same, and what is sent to one is sent to all.
+        self._sent: Bytes | None = None
+        self._last: dict[int, tuple[int, Bytes]] = {}  # bucket -> (version, what was sent)
+        if self._deltas is not None and in_step:
+            self._sent = private_bytes(job.layout.arena_bytes, "what remote workers hold")
         self._intake = Intake(budget)
         self._open: dict[tuple[int, int], _Announced] = {}  # by (session, bucket)
         self._outbox: defaultdict[int, deque[_Answer | m.Message]] = defaultdict(deque)
@@ -110,8 +131,20 @@ class Courier:
         for bucket in pull.buckets:
             if bucket >= len(self._job.layout.buckets):
                 raise ProtocolError(f"no bucket {bucket}")
-        self._outbox[peer.session] += [_Answer(bucket, None) for bucket in pull.buckets]
+        self._outbox[peer.session] += [
+            _Answer(bucket, None, whole=pull.whole) for bucket in pull.buckets
+        ]
         self._outbox[peer.session].append(m.Ok(seq=pull.seq))
+
+    def remembers_peers(self) -> bool:
+        """Whether it has to be known of each peer what it holds."""
+        return self._deltas is not None and not self._in_step
+
+    def published(self) -> None:
+        """All workers are about to take over the weights as they are."""
+        if self._sent is not None:
+            self._sent[:] = self._job.store.weights.bytes[: len(self._sent)]
+        self._last.clear()
 
     def forget(self, peer: Peer) -> None:
         """The peer has gone: nothing comes from it, nothing goes to it."""
@@ -205,20 +238,47 @@ class Courier:
         """Made at the last moment: what waits for room takes none."""
         job, bucket = self._job, answer.bucket
         spec = job.layout.buckets[bucket]
+        version = int(job.control.seq[bucket]) >> 1
+        coded = self._deltas is not None and not answer.whole
         header = m.Weights(
             bucket=bucket,
-            version=int(job.control.seq[bucket]) >> 1,
+            version=version,
             closed=int(job.control.closed[bucket]),
             push=answer.push,
             outcome=int(answer.outcome),
+            coded=coded,
         )
         steps = job.control.steps[spec.pieces.start : spec.pieces.stop]
-        weights = job.store.published(bucket)
+        data = self._delta(peer, bucket, version) if coded else self._values(peer, answer)
+        return [m.encode(header), steps.tobytes(), data.data]
+
+    def _values(self, peer: Peer, answer: _Answer) -> Bytes:
+        """A bucket as it is, or as all who are in step with the peer hold it."""
+        spec = self._job.layout.buckets[answer.bucket]
+        place = slice(spec.byte, spec.byte + spec.nbytes)
+        weights = self._job.store.published(answer.bucket)
+        if self._sent is not None:
+            if self._is_alone(peer):
+                self._sent[place] = weights
+            return self._sent[place].copy()
         if peer.base is not None:
-            peer.base[spec.byte : spec.byte + spec.nbytes] = weights
-        if answer.push is None:
-            weights = weights.copy()  # it may change before it has left
-        return [m.encode(header), steps.tobytes(), weights.data]
+            peer.base[place] = weights
+        # The answer to a push cannot change before it has left: the peer pushes again only then.
+        return weights if answer.push is not None else weights.copy()
+
+    def _delta(self, peer: Peer, bucket: int, version: int) -> Bytes:
+        assert self._deltas is not None
+        now = self._job.store.weights.bytes
+        if self._sent is None:
+            assert peer.base is not None
+            return self._deltas.encode(bucket, now, peer.base)
+        last = self._last.get(bucket)
+        if last is None or last[0] != version:
+            last = self._last[bucket] = version, self._deltas.encode(bucket, now, self._sent)
+        return last[1]
+
+    def _is_alone(self, peer: Peer) -> bool:
+        return all(p is peer or p.slots is not None or not p.declared for p in self._roster)
 
 
 def _checks(plan: Plan) -> dict[int, list[tuple[str, int, native.Encoding]]]:

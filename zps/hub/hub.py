@@ -17,6 +17,7 @@ import zmq
 from numpy.typing import NDArray
 
 from zps import native
+from zps.codec.plan import Plan
 from zps.config import Settings
 from zps.core.membership import Verdict
 from zps.errors import OutOfMemory, ProtocolError, ZpsError
@@ -25,7 +26,7 @@ from zps.hub.docket import Findings
 from zps.hub.job import Declaration, Job, Peer, Refused, ResolveRule
 from zps.hub.roster import Roster
 from zps.hub.store import Pushed
-from zps.memory.segment import Segment, private_floats
+from zps.memory.segment import Segment, private_bytes
 from zps.wire import messages as m
 from zps.wire.sockets import Frame, Router, readable
 
@@ -277,6 +278,11 @@ class Hub:
                 self._router,
                 budget=self.settings.hub_buffer_bytes,
                 in_step=self.settings.mode == "bsp" and self.settings.quorum == 1,
+                way_back=Plan.build(
+                    self._job.layout,
+                    self.settings.pull_codecs,
+                    self.settings.compression_min_bytes,
+                ),
             )
         self._job.check_same(declared, f"rank {peer.rank}")
         if not peer.declared:  # else it asks again, because the answer came too late for it
@@ -324,10 +330,9 @@ class Hub:
         if peer.slots is not None:  # it could not map what it was offered
             peer.slots.close()
             peer.slots = None
-        if self._keeps_base and peer.base is None:
-            peer.base = private_floats(job.layout.arena_bytes // 4, "weights of a worker").view(
-                np.uint8
-            )
+        assert self._courier is not None
+        if peer.base is None and (self._keeps_base or self._courier.remembers_peers()):
+            peer.base = private_bytes(job.layout.arena_bytes, f"what rank {peer.rank} holds")
 
     def _attach(self, job: Job, peer: Peer, declared: Declaration) -> None:
         peer.declared = True
@@ -459,6 +464,8 @@ class Hub:
             if what == "publish":
                 assert self._job is not None
                 self._job.store.adopt_published()
+                if self._courier is not None:
+                    self._courier.published()
                 self._form()
             done = dict(asked)
             asked.clear()

@@ -194,6 +194,11 @@ def private_floats(count: int, what: str) -> np.ndarray[tuple[int], np.dtype[np.
     return np.frombuffer(mapping, np.float32)[:count]
 
 
+def private_bytes(nbytes: int, what: str) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """The same as bytes; at least one is there behind them."""
+    return private_floats(-(-nbytes // 4), what).view(np.uint8)[:nbytes]
+
+
 def _rounded(nbytes: int) -> int:
     unit = HUGE_PAGE if nbytes >= HUGE_PAGE else mmap.PAGESIZE
     return -(-nbytes // unit) * unit

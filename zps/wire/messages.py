@@ -133,6 +133,7 @@ class Pull(Sessioned):
 
     tag: ClassVar[str] = "pull"
     buckets: list[U32]
+    whole: bool  # the values themselves: nothing is known of what the worker holds
 
 
 class Verdict(Sessioned):
@@ -257,6 +258,7 @@ class Weights(Message):
     closed: U64  # 1 + the highest round of the bucket that has closed
     push: Seq | None  # the push that has been consumed by this; None: only asked for
     outcome: U32
+    coded: bool  # the difference from what was sent before, in the codecs of the way back
 
 
 class Partial(Message):

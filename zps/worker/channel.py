@@ -59,11 +59,12 @@ class Channel:
         session.received = 1
         self.aliased = aliased
         plan = Plan.build(layout, settings.push_codecs, settings.compression_min_bytes)
-        self.link: Link = (
-            MessageLink(session, plan, attach)
-            if attach.control is None
-            else ShmLink(session, plan, attach, aliased=aliased)
-        )
+        self.link: Link
+        if attach.control is not None:
+            self.link = ShmLink(session, plan, attach, aliased=aliased)
+        else:
+            back = Plan.build(layout, settings.pull_codecs, settings.compression_min_bytes)
+            self.link = MessageLink(session, plan, attach, way_back=back)
         session.last_words = self.link.last_words
         count = len(layout.buckets)
         self._next_round = np.full(count, self.link.first_round, np.int64)

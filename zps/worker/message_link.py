@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from zps.codec.plan import Plan
 from zps.errors import ProtocolError, WaitTimeout
 from zps.memory.control import Outcome, done_target, done_word, outcomes_of
-from zps.memory.segment import private_floats
+from zps.memory.deltas import Deltas
+from zps.memory.segment import private_bytes
 from zps.wire import messages as m
 from zps.wire.sockets import Frame
 from zps.worker.link import PushInfo
@@ -31,19 +32,21 @@ class MessageLink:
 
     private = True
 
-    def __init__(self, session: Session, plan: Plan, attach: m.Attach):
+    def __init__(self, session: Session, plan: Plan, attach: m.Attach, *, way_back: Plan):
+        """way_back: how weights are encoded"""
         self._session = session
         self._plan = plan
         self._layout = layout = plan.layout
         self.first_round = attach.first_round
         self.formed = attach.formed
         count = len(layout.buckets)
-        self._weights = _private_bytes(layout.total_bytes, "the weights of this worker")
-        self._slots = _private_bytes(plan.total_bytes, "the gradients of this worker")
+        self._weights = private_bytes(layout.total_bytes, "the weights of this worker")
+        self._slots = private_bytes(plan.total_bytes, "the gradients of this worker")
         self._versions = np.zeros(count, np.int64)
         self._closed = np.zeros(count, np.int64)
         self._steps = np.zeros(len(layout.pieces), np.int64)
         self._done = np.zeros(count, np.uint64)
+        self._deltas = None if way_back.identity else Deltas(way_back)
         session.on_payload = self._on_payload
 
     # --- Link ---------------------------------------------------------------------------------
@@ -117,10 +120,14 @@ class MessageLink:
         return outcomes_of(self._done[buckets])
 
     def fetch(self, buckets: Sequence[int] | NDArray[np.uint32]) -> None:
+        self._pull(buckets, whole=False)
+
+    def _pull(self, buckets: Sequence[int] | NDArray[np.uint32], *, whole: bool) -> None:
         for at in range(0, len(buckets), m.MAX_PUSH_BUCKETS):
             part = [int(bucket) for bucket in buckets[at : at + m.MAX_PUSH_BUCKETS]]
             with self._session.sequenced() as seq:
-                self._session.request(m.Pull(**self._session.header(seq), buckets=part))
+                pull = m.Pull(**self._session.header(seq), buckets=part, whole=whole)
+                self._session.request(pull)
 
     def upload(self) -> None:
         for bucket in self._layout.buckets:
@@ -131,7 +138,7 @@ class MessageLink:
             self._write("extra", index, self._weights[byte : byte + extra.nbytes])
 
     def download(self) -> None:
-        self.fetch(range(len(self._layout.buckets)))
+        self._pull(range(len(self._layout.buckets)), whole=True)
         for index, extra in enumerate(self._layout.extras):
             with self._session.sequenced() as seq:
                 read = m.Read(**self._session.header(seq), what="extra", field="", index=index)
@@ -185,7 +192,12 @@ class MessageLink:
         steps = np.frombuffer(payload[0], np.int64)
         if len(steps) != len(spec.pieces):
             raise ProtocolError(f"the hub sent {len(steps)} step counts for bucket {bucket}")
-        _fill(self._weights[spec.byte : spec.byte + spec.nbytes], payload[1:])
+        if message.coded:
+            if self._deltas is None:
+                raise ProtocolError("the hub sent encoded weights, which were not agreed on")
+            self._deltas.apply(bucket, _joined(payload[1:]), self._weights)
+        else:
+            _fill(self._weights[spec.byte : spec.byte + spec.nbytes], payload[1:])
         self._steps[spec.pieces.start : spec.pieces.stop] = steps
         self._versions[bucket] = message.version
         self._closed[bucket] = message.closed
@@ -216,5 +228,6 @@ def _fill(target: NDArray[np.uint8], frames: Sequence[Frame]) -> None:
         at += len(frame)
 
 
-def _private_bytes(nbytes: int, what: str) -> NDArray[np.uint8]:
-    return private_floats(-(-nbytes // 4), what).view(np.uint8)[:nbytes]
+def _joined(frames: Sequence[Frame]) -> NDArray[np.uint8]:
+    arrays = [np.frombuffer(frame, np.uint8) for frame in frames]
+    return arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, np.uint8), *arrays])
