@@ -64,7 +64,7 @@ def test_a_command_runs_a_script_or_a_module_with_this_python(tmp_path: Path) ->
 def test_a_plan_that_cannot_work_is_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match="there is no script 'missing.py'"):
         command("missing.py", [], module=False)
-    with pytest.raises(ConfigError, match="one hub"):
-        Plan(command=[], workers=1, hubs=2)
+    with pytest.raises(ConfigError, match="at least one hub"):
+        Plan(command=[], workers=1, hubs=0)
     with pytest.raises(ConfigError, match="at least one worker"):
         Plan(command=[], workers=0)
