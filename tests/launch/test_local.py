@@ -8,7 +8,7 @@ import pytest
 
 from zps.config import Settings
 from zps.errors import ConfigError
-from zps.launch.local import Plan, command, worker_environment
+from zps.launch.local import Hubs, Plan, command, launch, worker_environment
 
 ADDRESS = "ipc:///run/hub"
 
@@ -68,3 +68,44 @@ def test_a_plan_that_cannot_work_is_refused_before_anything_starts() -> None:
         Plan(command=[], workers=1, hubs=0)
     with pytest.raises(ConfigError, match="at least one worker"):
         Plan(command=[], workers=0)
+
+
+def test_hubs_are_not_started_beside_others() -> None:
+    plan = Plan(command=[], workers=1, hubs=2)
+    with pytest.raises(ConfigError, match="--hubs 2, but ZPS_HUB names hubs already"):
+        launch(plan, {"ZPS_HUB": ADDRESS}, print)
+
+
+class FakeHub:
+    def __init__(self, pid: int, code: int | None = None, formed: bool = True) -> None:
+        self.pid = pid
+        self._code = code
+        self._formed = formed
+
+    def formed(self) -> bool:
+        return self._formed
+
+    def poll(self) -> int | None:
+        return self._code
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "pid"),
+    [
+        ([None, None], None, 1),
+        ([None, -9], -9, 2),
+        ([0, None], 0, 1),
+        ([0, -9], -9, 2),
+        ([3, -9], 3, 1),
+    ],
+)
+def test_hubs_have_ended_as_soon_as_one_has(
+    codes: list[int | None], code: int | None, pid: int
+) -> None:
+    hubs = Hubs([FakeHub(number, code) for number, code in enumerate(codes, 1)])
+    assert (hubs.poll(), hubs.pid) == (code, pid)
+
+
+def test_hubs_have_formed_when_all_have() -> None:
+    assert Hubs([FakeHub(1), FakeHub(2)]).formed()
+    assert not Hubs([FakeHub(1), FakeHub(2, formed=False)]).formed()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from zps import native
 from zps.config import Settings
 from zps.core.membership import Verdict
+from zps.core.rounds import MAX_AHEAD
 from zps.errors import OutOfMemory, ProtocolError, ZpsError
 from zps.hub.docket import Findings
 from zps.hub.job import Declaration, Job, Peer, Refused, ResolveRule
@@ -298,6 +299,8 @@ class Hub:
     def _on_enter(self, peer: Peer, enter: m.Enter) -> None:
         job = self._declared(peer)
         if enter.round > peer.first_round:
+            if job.declared.place[1] == 1 or enter.round > peer.first_round + MAX_AHEAD:
+                raise ProtocolError(f"an entry at round {enter.round}, not {peer.first_round}")
             peer.first_round = job.engine.enter(peer.rank, enter.round)
             self._flush()
         self._await_entry(job, peer, enter.seq)
