@@ -193,10 +193,13 @@ def test_a_gradient_is_clipped_by_its_norm_over_all_hubs(run: Any, hubs: int, mo
         assert_close(found, expected)
 
 
-def skipped(ctx: Context, bad: int) -> tuple[list[torch.Tensor], list[int], dict[str, int]]:
+def skipped(
+    ctx: Context, bad: int, norm: float | None
+) -> tuple[list[torch.Tensor], list[int], dict[str, int]]:
     params = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES.values()]
     inner = torch.optim.Adam(params, lr=0.1)
-    opt = zps.Optimizer(inner, worker=ctx.worker(nonfinite="skip"))
+    worker = ctx.worker(nonfinite="skip" if norm is None else "allow")
+    opt = zps.Optimizer(inner, worker=worker, max_grad_norm=norm)
     set_gradients(params, [torch.ones(p.shape) for p in params])
     if ctx.rank == 1:
         params[bad].grad.view(-1)[-1] = float("inf")
@@ -212,10 +215,13 @@ def skipped(ctx: Context, bad: int) -> tuple[list[torch.Tensor], list[int], dict
     return after, steps, counters
 
 
+@pytest.mark.parametrize("norm", [None, 9.0], ids=["found by a worker", "found in the norm"])
 @pytest.mark.parametrize("bad", range(len(SHAPES)))
 @pytest.mark.parametrize("hubs", SEVERAL)
-def test_an_infinity_at_one_hub_skips_the_round_at_all(run: Any, hubs: int, bad: int) -> None:
-    for weights, steps, counters in run(skipped, bad, hubs=hubs):
+def test_an_infinity_at_one_hub_skips_the_round_at_all(
+    run: Any, hubs: int, bad: int, norm: float | None
+) -> None:
+    for weights, steps, counters in run(skipped, bad, norm, hubs=hubs):
         assert all((weight == 0).all() for weight in weights)
         assert steps == [0] * len(SHAPES)
         assert counters == {"rounds_skipped": 1}
