@@ -11,8 +11,9 @@ from torch import nn
 import zps
 from tests.training.reference import assert_close, assert_same_bits, set_gradients
 from tests.workers import Context, Crew, at_once, together
-from zps.errors import ConfigError, LayoutError, LayoutMismatch
+from zps.errors import ConfigError, DuplicateRank, LayoutError, LayoutMismatch
 from zps.memory.control import Outcome
+from zps.worker.channel import Channel
 from zps.worker.link import PushInfo
 from zps.worker.worker import Worker
 
@@ -373,6 +374,15 @@ def test_a_rank_without_a_number_has_one_number_at_all_hubs(crew: Crew) -> None:
             assert {session.rank for session in worker._sessions} == {worker.rank}
 
 
+def test_the_first_hub_gives_the_rank_and_the_others_are_asked_for_it(crew: Crew) -> None:
+    one, other = crew.addresses(2).split(",")
+    with Worker(other, rank=0, world_size=2):
+        with pytest.raises(DuplicateRank):
+            Worker(f"{one},{other}", world_size=2)
+        with Worker(one, world_size=2) as worker:  # what it had got there is free again
+            assert worker.rank == 0
+
+
 def test_hubs_in_another_order_are_refused(crew: Crew) -> None:
     one, other = crew.addresses(2).split(",")
     tensors = {"a": torch.zeros(10), "b": torch.zeros(10)}
@@ -444,6 +454,44 @@ def test_more_hubs_than_the_model_has_parts_are_refused(crew: Crew) -> None:
         pytest.raises(LayoutError, match="2 hubs for a model that can be cut into 1 parts"),
     ):
         worker.declare({"a": torch.zeros(10)})
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_death_when_one_hub_has_formed_and_another_not_is_mended(
+    crew: Crew, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    address = crew.addresses(2)
+    tensors = {"a": torch.full((900,), 7.0), "b": torch.full((2000,), 8.0)}
+    workers = [Worker(address, rank=r, world_size=2, timeout_s=20) for r in range(2)]
+    second_hub = workers[rank]._sessions[1]
+    publish = Channel.publish
+
+    def die_half_way(channel: Channel) -> None:
+        if channel.session is second_hub:
+            raise InterruptedError
+        publish(channel)
+
+    monkeypatch.setattr(Channel, "publish", die_half_way)
+
+    def die_and_be_replaced() -> Worker:
+        with pytest.raises(InterruptedError):
+            workers[rank].declare(tensors, "add")
+        workers[rank].close(goodbye=False)
+        replacement = Worker(address, rank=rank, world_size=2, timeout_s=20)
+        replacement.declare(tensors, "add")
+        assert not replacement.joined_late
+        return replacement
+
+    other = workers[1 - rank]
+    _, replacement = at_once(lambda: other.declare(tensors, "add"), die_and_be_replaced)
+    with other, replacement:
+        works = [w.push({name: torch.ones_like(tensors[name]) for name in "ab"}) for w in
+                 (other, replacement)]  # fmt: skip
+        for work in works:
+            work.wait()
+        for worker in (other, replacement):
+            assert torch.equal(worker.weights("a"), tensors["a"] + 2)
+            assert torch.equal(worker.weights("b"), tensors["b"] + 2)
 
 
 def come_back(ctx: Context, norm: float | None) -> list[torch.Tensor]:

@@ -322,6 +322,7 @@ class Hub:
             if self._roster.formed and not job.engine.closed_before(peer.first_round):
                 self._entering.append((peer, seq))
                 continue
+            peer.entered = True
             self._send_attach(job, peer, seq)
 
     def _send_attach(self, job: Job, peer: Peer, seq: int) -> None:
@@ -387,7 +388,7 @@ class Hub:
         for question in job.engine.questions():
             norm_sq, finite = question.measured
             partial_ = m.Partial(round=question.key[0], norm_sq=norm_sq, finite=finite)
-            peers = [p for p in self._roster if p.declared and question.concerns(p.rank)]
+            peers = [p for p in self._roster if p.entered and question.concerns(p.rank)]
             job.engine.asked(question, [peer.rank for peer in peers])
             for peer in peers:
                 self._deliver(peer, [m.encode(partial_)])

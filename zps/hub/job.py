@@ -48,6 +48,7 @@ class Peer:
     slots: Segment | None = None
     hypers: Hypers | None = None
     first_round: int = 0
+    entered: bool = False  # it has been let in, and takes part in rounds
     last_seq: int = 0
     last_reply: list[Frame] = field(default_factory=list)
 
