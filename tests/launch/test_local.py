@@ -8,6 +8,7 @@ import pytest
 
 from zps.config import Settings
 from zps.errors import ConfigError
+from zps.hub.process import HubProcess
 from zps.launch.local import Hubs, Plan, command, launch, worker_environment
 
 ADDRESS = "ipc:///run/hub"
@@ -79,6 +80,8 @@ def test_hubs_are_not_started_beside_others() -> None:
 class FakeHub:
     def __init__(self, pid: int, code: int | None = None, formed: bool = True) -> None:
         self.pid = pid
+        self.address = f"ipc:///hub/{pid}"
+        self.stopped = False
         self._code = code
         self._formed = formed
 
@@ -87,6 +90,42 @@ class FakeHub:
 
     def poll(self) -> int | None:
         return self._code
+
+    def stop(self, timeout_s: float) -> None:
+        self.stopped = True
+
+
+@pytest.mark.parametrize(
+    ("hubs", "environ", "threads"),
+    [
+        (1, {}, None),
+        (2, {}, max(1, len(os.sched_getaffinity(0)) // 2)),
+        (1000, {}, 1),
+        (2, {"ZPS_HUB_THREADS": "7"}, 7),
+    ],
+)
+def test_hubs_share_the_cores_and_are_named_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    hubs: int,
+    environ: dict[str, str],
+    threads: int | None,
+) -> None:
+    started: list[FakeHub] = []
+
+    def start(settings: Settings) -> FakeHub:
+        assert settings.hub_threads == threads
+        started.append(FakeHub(len(started)))
+        return started[-1]
+
+    monkeypatch.setattr(HubProcess, "start", start)
+    told = tmp_path / "told"
+    code = f"import os; open({str(told)!r}, 'w').write(os.environ['ZPS_HUB'])"
+    plan = Plan(command=[sys.executable, "-c", code], workers=1, hubs=hubs)
+    assert launch(plan, environ, print) == 0
+    assert told.read_text() == ",".join(hub.address for hub in started)
+    assert len(started) == hubs
+    assert all(hub.stopped for hub in started)
 
 
 @pytest.mark.parametrize(
