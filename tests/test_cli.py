@@ -75,7 +75,7 @@ def test_options_become_settings_of_every_worker() -> None:
     ("args", "text"),
     [
         (["missing.py"], "there is no script 'missing.py'"),
-        (["--hubs", "2", "-m", "mod"], "one hub"),
+        (["--hubs", "0", "-m", "mod"], "at least one hub"),
         (["-n", "0", "-m", "mod"], "at least one worker"),
         (["--mode", "bps", "-m", "mod"], "mode='bps': must be 'bsp', 'ssp' or 'async'"),
         (["--set", "mod=bsp", "-m", "mod"], "did you mean mode?"),

@@ -118,13 +118,15 @@ class Crew:
         *args: Any,
         world: int = 2,
         hub: Mapping[str, Any] | None = None,
+        hubs: int = 1,
         **kwargs: Any,
     ) -> list[Any]:
         """Run `body(ctx, *args, **kwargs)` in `world` processes; what each returned, by rank.
 
-        hub  settings of the hub, on top of HUB; jobs with the same ones share it
+        hub   settings of the hub, on top of HUB; jobs with the same ones share it
+        hubs  how many of them
         """
-        address = self.hub(**(hub or {})).address
+        address = self.addresses(hubs, **(hub or {}))
         members = self._start()[:world]
         for rank, member in enumerate(members):
             request = (body, rank, world, address, LINK, args, kwargs)
@@ -139,9 +141,13 @@ class Crew:
             raise AssertionError("\n".join([*failures, *logs]))
         return [answers[rank][1] for rank in range(world)]
 
-    def hub(self, **settings: Any) -> HubProcess:
-        """A running hub with these settings."""
-        key = tuple(sorted(settings.items()))
+    def addresses(self, hubs: int, **settings: Any) -> str:
+        """The addresses of so many running hubs, as a worker takes them."""
+        return ",".join(self.hub(number, **settings).address for number in range(hubs))
+
+    def hub(self, number: int = 0, **settings: Any) -> HubProcess:
+        """A running hub with these settings; those with other numbers are others."""
+        key = (number, *sorted(settings.items()))
         found = self._hubs.pop(key, None)
         if found is not None:
             if found.poll() is None:

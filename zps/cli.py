@@ -60,7 +60,7 @@ def launch(
     script: Annotated[str, typer.Argument(help="The training script, or a module with -m.")],
     args: Annotated[list[str] | None, typer.Argument(help="Its arguments, untouched.")] = None,
     workers: Annotated[int, typer.Option("-n", "--workers", help="Number of workers.")] = 1,
-    hubs: Annotated[int, typer.Option(help="Number of hubs; this version has one.")] = 1,
+    hubs: Annotated[int, typer.Option(help="Number of hubs, which share the model.")] = 1,
     module: Annotated[bool, typer.Option("-m", "--module", help="SCRIPT is a module.")] = False,
     mode: Mode = None,
     staleness: Staleness = None,
@@ -73,7 +73,7 @@ def launch(
     ] = False,
     set_: Set = None,
 ) -> None:
-    """Start a hub and N workers on this machine, and end with the first failing worker's code.
+    """Start hubs and N workers on this machine, and end with the first failing worker's code.
 
     Every line of output gets its rank in front. On a terminal rank 0 has the terminal to itself,
     so that its progress bars work.

@@ -44,6 +44,10 @@ class Life:
         self.worker.declare(tensors, rule, **options)
         return self.worker.channels[0].link.first_round
 
+    def first_rounds(self) -> list[int]:
+        """The first round at each hub."""
+        return [channel.link.first_round for channel in self.worker.channels]
+
     def push(self, names: Sequence[str] = tuple(SHAPES), value: float = 1.0) -> None:
         self._works.append(
             self.worker.push({name: torch.full(SHAPES[name], value) for name in names})

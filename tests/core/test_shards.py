@@ -114,3 +114,5 @@ def test_a_rule_that_sees_whole_tensors_is_given_whole_tensors() -> None:
 def test_more_hubs_than_parts_are_refused() -> None:
     with pytest.raises(LayoutError, match="3 hubs for a model that can be cut into 2 parts"):
         cut(build(*floats(5, 5)), 3)
+    with pytest.raises(LayoutError, match="name fewer hubs$"):  # smaller buckets would not help
+        cut(build(*floats(5000), split=False), 2)

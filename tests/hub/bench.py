@@ -35,6 +35,7 @@ class Bench:
         max_grad_norm: float | None = None,
         members: Sequence[int] = range(WORLD),
         keeps_base: bool = False,
+        one_of_several: bool = False,
         **policy: Any,
     ):
         self.layout = Layout.build(
@@ -72,6 +73,7 @@ class Bench:
                     "staleness_policy": StalenessPolicy(policy["staleness_policy"]),
                 }
             ),
+            one_of_several=one_of_several,
         )
         self._base_offset = self.layout.arena_bytes if keeps_base else 0
         self.slots = [np.zeros(2 * self.layout.arena_bytes, np.uint8) for _ in range(WORLD)]

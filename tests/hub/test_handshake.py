@@ -216,6 +216,11 @@ def test_what_does_not_fit_into_memory_is_refused_and_leaves_nothing(crew: Crew,
             assert "memfd:" not in os.readlink(path)
 
 
+def placed(raw: Raw, **place: int) -> tuple[Any, ...]:
+    header, *payload = raw.declaration(SHAPES, "sgd")
+    return {**header, **place}, *payload
+
+
 OTHERS: dict[str, tuple[Callable[[Raw], tuple[Any, ...]], str, str]] = {
     "another shape": (
         lambda r: r.declaration({"a": (8,), "b": (2001,)}, "sgd"),
@@ -237,6 +242,12 @@ OTHERS: dict[str, tuple[Callable[[Raw], tuple[Any, ...]], str, str]] = {
         "groups",
         "rank 1 has its parameters in other groups than rank 0",
     ),
+    "other hubs": (
+        lambda r: placed(r, hub=1, hubs=2),
+        "hubs",
+        "this hub is number 2 of 2 on rank 1, but number 1 of 1 on rank 0",
+    ),
+    "a hub beyond the last": (lambda r: placed(r, hub=2, hubs=2), "ProtocolError", "number 2 of 2"),
 }
 
 

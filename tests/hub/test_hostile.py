@@ -95,6 +95,22 @@ BAD: dict[str, tuple[Bad, str, str]] = {
     "half a step count": (request("set_steps", b"abc"), "ProtocolError", "3 bytes are no array"),
     "a step count too few": (request("set_steps", bytes(8)), "ProtocolError", "2 step counts"),
     "steps below zero": (request("set_steps", b"\xff" * 16), "ProtocolError", "2 step counts"),
+    "an entry at another round": (request("enter", round=70), "ProtocolError", "round 70, not 0"),
+    "a sum of squares below zero": (
+        request("verdict", round=1, norm_sq=-1.0, finite=True),
+        "ProtocolError",
+        "norm_sq",
+    ),
+    "a sum of squares that is no number": (
+        request("verdict", round=1, norm_sq=float("nan"), finite=True),
+        "ProtocolError",
+        "norm_sq",
+    ),
+    "what a hub says": (
+        lambda raw: ({"t": "partial", "round": 1, "norm_sq": 1.0, "finite": True},),
+        "ProtocolError",
+        "a partial message is for workers",
+    ),
     "an old epoch": (
         lambda raw: ({**raw.push(round=1, bases=[1]), "epoch": raw.epoch - 1},),
         "old_session",

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 PATIENCE_S = 60
 
 START = """
@@ -47,8 +49,11 @@ class Launched:
                 self.pids.append(int(line.split()[-1]))
 
     def hub_pid(self) -> int:
-        (home,) = self.runtime_dir.iterdir()
-        return int(home.name.partition("-")[0])
+        (pid,) = self.hub_pids()
+        return pid
+
+    def hub_pids(self) -> list[int]:
+        return [int(home.name.partition("-")[0]) for home in self.runtime_dir.iterdir()]
 
     def end(self) -> tuple[int, list[str], str]:
         """Exit code, output, and what the launcher and the workers said on standard error."""
@@ -132,6 +137,44 @@ def test_a_killed_hub_is_named_and_the_workers_end_with_hub_lost(tmp_path: Path)
         assert exit_code == 1
         assert f"the hub (pid {hub}) was killed by SIGKILL" in err
         assert "HubLost" in err
+        assert list(job.runtime_dir.iterdir()) == []
+
+
+SEVERAL = """
+import zps
+hubs = os.environ["ZPS_HUB"].split(",")
+worker = zps.Worker()
+worker.declare({"x": torch.zeros(3), "y": torch.zeros(3)}, rule="sum")
+names = sorted(name for channel in worker.channels for name in channel.layout.index)
+def total():
+    given = {name: torch.full((3,), float(rank + 1)) for name in "xy"}
+    worker.push_pull(given).wait(30)
+    return [given[name].tolist() for name in "xy"]
+print(len(hubs), len(worker.channels), names, total())
+"""
+
+
+def test_several_hubs_share_a_job_and_end_with_it(tmp_path: Path) -> None:
+    with launched(tmp_path, f"{START}{SEVERAL}worker.close()\n", "--hubs", "2") as job:
+        code, out, err = job.end()
+        assert (code, err) == (0, "")
+        line = "2 2 ['x', 'y'] [[3.0, 3.0, 3.0], [3.0, 3.0, 3.0]]"
+        assert out == [f"[0] {line}", f"[1] {line}"]
+        assert list(job.runtime_dir.iterdir()) == []
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_of_several_hubs_that_is_killed_ends_the_job(tmp_path: Path, which: int) -> None:
+    code = f"{START}{SEVERAL}print('ready', 0)\nwhile True: total()\n"
+    with launched(tmp_path, code, "--hubs", "2") as job:
+        job.wait_until_ready(2)
+        job.pids.clear()
+        hub = job.hub_pids()[which]
+        os.kill(hub, signal.SIGKILL)
+        exit_code, _, err = job.end()
+        assert exit_code == 1
+        assert f"the hub (pid {hub}) was killed by SIGKILL" in err
+        assert err.count("HubLost: the hub at ") == 2
         assert list(job.runtime_dir.iterdir()) == []
 
 

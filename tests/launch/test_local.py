@@ -8,7 +8,8 @@ import pytest
 
 from zps.config import Settings
 from zps.errors import ConfigError
-from zps.launch.local import Plan, command, worker_environment
+from zps.hub.process import HubProcess
+from zps.launch.local import Hubs, Plan, command, launch, worker_environment
 
 ADDRESS = "ipc:///run/hub"
 
@@ -64,7 +65,86 @@ def test_a_command_runs_a_script_or_a_module_with_this_python(tmp_path: Path) ->
 def test_a_plan_that_cannot_work_is_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match="there is no script 'missing.py'"):
         command("missing.py", [], module=False)
-    with pytest.raises(ConfigError, match="one hub"):
-        Plan(command=[], workers=1, hubs=2)
+    with pytest.raises(ConfigError, match="at least one hub"):
+        Plan(command=[], workers=1, hubs=0)
     with pytest.raises(ConfigError, match="at least one worker"):
         Plan(command=[], workers=0)
+
+
+def test_hubs_are_not_started_beside_others() -> None:
+    plan = Plan(command=[], workers=1, hubs=2)
+    with pytest.raises(ConfigError, match="--hubs 2, but ZPS_HUB names hubs already"):
+        launch(plan, {"ZPS_HUB": ADDRESS}, print)
+
+
+class FakeHub:
+    def __init__(self, pid: int, code: int | None = None, formed: bool = True) -> None:
+        self.pid = pid
+        self.address = f"ipc:///hub/{pid}"
+        self.stopped = False
+        self._code = code
+        self._formed = formed
+
+    def formed(self) -> bool:
+        return self._formed
+
+    def poll(self) -> int | None:
+        return self._code
+
+    def stop(self, timeout_s: float) -> None:
+        self.stopped = True
+
+
+@pytest.mark.parametrize(
+    ("hubs", "environ", "threads"),
+    [
+        (1, {}, None),
+        (2, {}, max(1, len(os.sched_getaffinity(0)) // 2)),
+        (1000, {}, 1),
+        (2, {"ZPS_HUB_THREADS": "7"}, 7),
+    ],
+)
+def test_hubs_share_the_cores_and_are_named_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    hubs: int,
+    environ: dict[str, str],
+    threads: int | None,
+) -> None:
+    started: list[FakeHub] = []
+
+    def start(settings: Settings) -> FakeHub:
+        assert settings.hub_threads == threads
+        started.append(FakeHub(len(started)))
+        return started[-1]
+
+    monkeypatch.setattr(HubProcess, "start", start)
+    told = tmp_path / "told"
+    code = f"import os; open({str(told)!r}, 'w').write(os.environ['ZPS_HUB'])"
+    plan = Plan(command=[sys.executable, "-c", code], workers=1, hubs=hubs)
+    assert launch(plan, environ, print) == 0
+    assert told.read_text() == ",".join(hub.address for hub in started)
+    assert len(started) == hubs
+    assert all(hub.stopped for hub in started)
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "pid"),
+    [
+        ([None, None], None, 1),
+        ([None, -9], -9, 2),
+        ([0, None], 0, 1),
+        ([0, -9], -9, 2),
+        ([3, -9], 3, 1),
+    ],
+)
+def test_hubs_have_ended_as_soon_as_one_has(
+    codes: list[int | None], code: int | None, pid: int
+) -> None:
+    hubs = Hubs([FakeHub(number, code) for number, code in enumerate(codes, 1)])
+    assert (hubs.poll(), hubs.pid) == (code, pid)
+
+
+def test_hubs_have_formed_when_all_have() -> None:
+    assert Hubs([FakeHub(1), FakeHub(2)]).formed()
+    assert not Hubs([FakeHub(1), FakeHub(2, formed=False)]).formed()

@@ -59,9 +59,10 @@ def cut(layout: Layout, hubs: int) -> tuple[Shard, ...]:
         whole = (Part(i, 0, param.numel) for i, param in enumerate(layout.params))
         return (Shard(layout, tuple(whole), total),)
     if len(layout.pieces) < hubs:
+        smaller = ", or cut it into smaller ones with ZPS_BUCKET_BYTES" if layout.split else ""
         raise LayoutError(
             f"{hubs} hubs for a model that can be cut into {len(layout.pieces)} parts: name fewer "
-            "hubs, or cut it into smaller ones with ZPS_BUCKET_BYTES"
+            f"hubs{smaller}"
         )
     owners = _assign([_nbytes(layout, piece) for piece in layout.pieces], hubs)
     owned: list[list[Part]] = [[] for _ in range(hubs)]

@@ -20,6 +20,7 @@ from zps import native
 from zps.codec.plan import Plan
 from zps.config import Settings
 from zps.core.membership import Verdict
+from zps.core.rounds import MAX_AHEAD
 from zps.errors import OutOfMemory, ProtocolError, ZpsError
 from zps.hub.courier import Courier
 from zps.hub.docket import Findings
@@ -345,6 +346,8 @@ class Hub:
     def _on_enter(self, peer: Peer, enter: m.Enter) -> None:
         job = self._declared(peer)
         if enter.round > peer.first_round:
+            if job.declared.place[1] == 1 or enter.round > peer.first_round + MAX_AHEAD:
+                raise ProtocolError(f"an entry at round {enter.round}, not {peer.first_round}")
             peer.first_round = job.engine.enter(peer.rank, enter.round)
             self._flush()
         self._await_entry(job, peer, enter.seq)
@@ -366,6 +369,7 @@ class Hub:
             if self._roster.formed and not job.engine.closed_before(peer.first_round):
                 self._entering.append((peer, seq))
                 continue
+            peer.entered = True
             self._send_attach(job, peer, seq)
 
     def _send_attach(self, job: Job, peer: Peer, seq: int) -> None:
@@ -447,7 +451,7 @@ class Hub:
         for question in job.engine.questions():
             norm_sq, finite = question.measured
             partial_ = m.Partial(round=question.key[0], norm_sq=norm_sq, finite=finite)
-            peers = [p for p in self._roster if p.declared and question.concerns(p.rank)]
+            peers = [p for p in self._roster if p.entered and question.concerns(p.rank)]
             job.engine.asked(question, [peer.rank for peer in peers])
             for peer in peers:
                 self._deliver(peer, [m.encode(partial_)])

@@ -55,6 +55,7 @@ class Peer:
     base: NDArray[np.uint8] | None = None  # the weights it was last sent, if delays are compensated
     hypers: Hypers | None = None
     first_round: int = 0
+    entered: bool = False  # it has been let in, and takes part in rounds
     last_seq: int = 0
     last_reply: list[Frame] = field(default_factory=list)
 

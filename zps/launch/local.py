@@ -1,4 +1,4 @@
-"""A whole job on this machine: one hub, n workers, one exit code."""
+"""A whole job on this machine: its hubs, n workers, one exit code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zps.config import Settings, variable
 from zps.errors import ConfigError
 from zps.launch.supervise import Hub, Job, Spec, Supervisor
 
-__all__ = ["Plan", "command", "launch", "worker_environment"]
+__all__ = ["Hubs", "Plan", "command", "launch", "worker_environment"]
 
 _HUB_STOP_S = 5.0
 
@@ -33,11 +33,30 @@ class Plan:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ConfigError(f"-n {self.workers}: a job needs at least one worker")
-        if self.hubs != 1:
-            raise ConfigError(
-                f"--hubs {self.hubs}: this version starts one hub; a model is not yet sharded over "
-                "several"
-            )
+        if self.hubs < 1:
+            raise ConfigError(f"--hubs {self.hubs}: a job needs at least one hub")
+
+
+@dataclass(frozen=True, slots=True)
+class Hubs:
+    """The hubs of a job as one: it has ended as soon as one of them has."""
+
+    members: Sequence[Hub]
+
+    @property
+    def pid(self) -> int:
+        """Of the one that has failed, or of the first."""
+        failed = (hub.pid for hub in self.members if hub.poll())
+        return next(failed, self.members[0].pid)
+
+    def formed(self) -> bool:
+        """See `Hub`."""
+        return all(hub.formed() for hub in self.members)
+
+    def poll(self) -> int | None:
+        """See `Hub`; of several codes, the first that means a failure."""
+        codes = [code for code in (hub.poll() for hub in self.members) if code is not None]
+        return next(filter(None, codes), 0) if codes else None
 
 
 def command(script: str, args: Sequence[str], *, module: bool) -> list[str]:
@@ -59,7 +78,7 @@ def launch(
 
     environ  the environment of the workers, and where settings are looked up after `chosen`
     say      gets each event (a death, a signal) as one line
-    A hub is started unless the settings name one. Raises ConfigError, HubUnreachable.
+    Hubs are started unless the settings name some. Raises ConfigError, HubUnreachable.
     """
     shared = {name: value for name, value in environ.items() if name != variable("rank")}
     settings = Settings.load(environ=shared, **{**chosen, "rank": None, "world_size": plan.workers})
@@ -67,11 +86,9 @@ def launch(
         hub: Hub | None = None
         address = settings.hub
         if address is None:
-            from zps.hub.process import HubProcess  # here, so that a plan is checked before it
-
-            process = HubProcess.start(settings)
-            stack.callback(process.stop, timeout_s=_HUB_STOP_S)
-            hub, address = process, process.address
+            hub, address = _start_hubs(plan.hubs, settings, stack)
+        elif plan.hubs > 1:
+            raise ConfigError(f"--hubs {plan.hubs}, but {variable('hub')} names hubs already")
         workers = [
             Spec(
                 rank=rank,
@@ -83,6 +100,20 @@ def launch(
         ]
         job = Job(workers, hub, settings.on_death, plan.grace_s, plan.colour)
         return Supervisor(job, say).run()
+
+
+def _start_hubs(count: int, settings: Settings, stack: ExitStack) -> tuple[Hub, str]:
+    """Hubs that end with `stack`, and their addresses as workers are given them."""
+    from zps.hub.process import HubProcess  # here, so that a plan is checked before it
+
+    if count > 1 and settings.hub_threads is None:
+        threads = max(1, len(os.sched_getaffinity(0)) // count)  # they work at the same time
+        settings = settings.replace(hub_threads=threads)
+    started = []
+    for _ in range(count):
+        started.append(HubProcess.start(settings))
+        stack.callback(started[-1].stop, timeout_s=_HUB_STOP_S)
+    return Hubs(started), ",".join(hub.address for hub in started)
 
 
 def worker_environment(

@@ -111,14 +111,17 @@ def _enter(sessions: Sequence[Session], answers: list[m.Attach]) -> list[m.Attac
     """Come to a running job at the same round everywhere.
 
     Each hub has named the first round that it can have this worker in, and waits with it. The
-    latest of them is right for all. They are told at once: one may wait for another.
+    latest of them is right for all; with a quorum hubs go at a pace of their own, and each has its
+    own. They are told at once: one may wait for another.
     """
-    at_least = max(answer.first_round for answer in answers)
+    latest = max(answer.first_round for answer in answers)
+    in_step = sessions[0].welcome.settings.get("quorum") == 1
     told: dict[int, m.Enter] = {}
     for hub, (session, answer) in enumerate(zip(sessions, answers, strict=True)):
         if answer.formed:
             with session.sequenced() as seq:
-                told[hub] = m.Enter(**session.header(seq), round=at_least)
+                first = latest if in_step else answer.first_round
+                told[hub] = m.Enter(**session.header(seq), round=first)
                 session.send(told[hub])
     for hub, enter in told.items():
         answers[hub] = _attach(sessions[hub].answer(enter)[0])

@@ -122,6 +122,8 @@ class Worker:
             split="." not in rule,  # a foreign rule sees whole tensors
             fuse=fuse,
         )
+        if max_grad_norm is not None or ("." in rule and fuse):
+            self._check_may_hold(f"rule={rule!r}, max_grad_norm={max_grad_norm}")
         groups = [{"params": list(tensors), **hypers}] if groups is None else groups
         members = [_indices(g.get("params", ()), layout) for g in groups]
         shards = cut(layout, len(self._sessions))
@@ -266,6 +268,8 @@ class Worker:
         Every hub has its part before any of them is waited for.
         """
         model = self._declared()
+        if info.hold:
+            self._check_may_hold("nonfinite='skip', or a GradScaler")
         parts = [
             channel.push(buckets, info)
             for channel, buckets in zip(model.channels, selection, strict=True)
@@ -391,6 +395,17 @@ class Worker:
         if self._model is None:
             raise NotDeclared(f"rank {self.rank} has to call declare() first")
         return self._model
+
+    def _check_may_hold(self, what: str) -> None:
+        """Raise ConfigError if rounds are not to be held back until all of them is known.
+
+        With a quorum each hub closes rounds at a pace of its own: none is whole at all of them.
+        """
+        if len(self._sessions) > 1 and self.settings.quorum < 1:
+            raise ConfigError(
+                f"{what}: this holds whole rounds back, which with quorum={self.settings.quorum} "
+                "needs a single hub"
+            )
 
     def _index(self, name: str) -> int:
         layout = self._declared().layout
