@@ -246,8 +246,8 @@ def test_a_hub_that_had_nothing_on_hold_is_not_waited_for(crew: Crew) -> None:
     with together(crew.addresses(2), tensors, "add") as (first, second):
         work = first.push({"a": torch.ones(900), "b": torch.ones(900)})
         for number, channel in enumerate(second.channels):
-            for slot in channel.slots:
-                slot.fill_(1.0)
+            for index in range(len(channel.layout.params)):
+                channel.slot(index).fill_(1.0)
             every = second.every_bucket[number]
             channel.push(every, PushInfo(hold=number == 0))
         assert set(work.wait().outcomes) == {Outcome.APPLIED}

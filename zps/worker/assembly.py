@@ -98,6 +98,9 @@ class Assembly:
         slot = self._slots[index]
         if slot is not None:
             return copy(source, slot)
+        staged = self._staged.get(index)
+        if staged is not None and staged is not gradient:
+            staged.copy_(source)  # a slot holds what was pushed last, however it came there
         parts = [
             self._load_part(channel, local, _flat(source, part), scale)
             for channel, local, part in self._places[index]

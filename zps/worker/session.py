@@ -223,7 +223,8 @@ class Session:
         else:
             poller.register(self._dealer.monitor, zmq.POLLIN)
         for other in self.neighbours:  # by descriptor: the sockets are not ours to touch
-            poller.register(other.descriptor, zmq.POLLIN)
+            if not other._closed:
+                poller.register(other.descriptor, zmq.POLLIN)
         ready = dict(poller.poll(int(timeout_s * 1000)))
         if not ready.keys() & {self._dealer.socket, self._dealer.monitor, self._pidfd}:
             return None

@@ -34,7 +34,8 @@ class Verdicts:
         for hub, channel in enumerate(channels):
             channel.session.heed = partial(self._heed, hub)
             channel.session.attend = self.attend
-            channel.session.neighbours = [c.session for c in channels if c is not channel]
+            others = [c.session for c in channels if c is not channel and c.link.private]
+            channel.session.neighbours = others
 
     def attend(self) -> bool:
         """Decide what can be decided; True if there is more, whose hubs have been waited for.
