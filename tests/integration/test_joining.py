@@ -69,3 +69,23 @@ def come_back_to_steps_of_workers(ctx: Context) -> None:
 
 def test_nobody_joins_a_job_whose_weights_are_with_its_workers(run: Any) -> None:
     run(come_back_to_steps_of_workers, world=2)
+
+
+def come_back_as_rank_0(ctx: Context) -> None:
+    tensors = {"a": torch.zeros(900), "b": torch.zeros(900)}
+    worker = ctx.worker()
+    worker.declare(tensors, "add", extras={"x": torch.full((3,), 5.0)})
+    if ctx.rank == 0:
+        worker.close()
+        worker = ctx.worker()
+        own = {name: tensor + 9 for name, tensor in tensors.items()}
+        worker.declare(own, "add", extras={"x": torch.full((3,), 9.0)})
+    ctx.meet()
+    assert torch.equal(worker.extra("x"), torch.full((3,), 5.0))
+    assert torch.equal(worker.weights("a"), tensors["a"])
+    ctx.meet()
+
+
+@pytest.mark.parametrize("hubs", [1, 2])
+def test_a_newcomers_values_count_for_nothing_even_as_rank_0(run: Any, hubs: int) -> None:
+    run(come_back_as_rank_0, hubs=hubs)

@@ -42,6 +42,7 @@ class FakeLink:
 
     def __init__(self, session: FakeSession) -> None:
         self._session = session
+        self.private = False
         self.closed_rounds = np.zeros(2, np.int64)
         self.later: list[m.Partial] = []
         self.now: list[m.Partial] = []

@@ -125,23 +125,7 @@ class Worker:
         if max_grad_norm is not None or ("." in rule and fuse):
             self._check_may_hold(f"rule={rule!r}, max_grad_norm={max_grad_norm}")
         groups = [{"params": list(tensors), **hypers}] if groups is None else groups
-        members = [_indices(g.get("params", ()), layout) for g in groups]
-        shards = cut(layout, len(self._sessions))
-        attached = joining.declare(
-            self._sessions,
-            self.settings,
-            shards,
-            layout,
-            rule=rule,
-            hypers=[
-                pack_hypers(_groups_of(shard, groups, members), max_grad_norm) for shard in shards
-            ],
-        )
-        aliased = self._may_alias
-        channels = [
-            Channel(session, self.settings, shard, attach, aliased=aliased)
-            for session, shard, attach in zip(self._sessions, shards, attached, strict=True)
-        ]
+        channels = self._channels(layout, rule, groups, max_grad_norm)
         self._model = Assembly(layout, channels)
         if len(channels) > 1:
             self._verdicts = Verdicts(channels, bsp=self.settings.mode == "bsp")
@@ -151,6 +135,28 @@ class Worker:
             if channel.link.formed:
                 channel.link.download()
         self.refresh()
+
+    def _channels(
+        self,
+        layout: Layout,
+        rule: str,
+        groups: Sequence[Mapping[str, Any]],
+        max_grad_norm: float | None,
+    ) -> list[Channel]:
+        """Declare every hub's shard to it."""
+        members = [_indices(group.get("params", ()), layout) for group in groups]
+        shards = cut(layout, len(self._sessions))
+        hypers = [
+            pack_hypers(_groups_of(shard, groups, members), max_grad_norm) for shard in shards
+        ]
+        attached = joining.declare(
+            self._sessions, self.settings, shards, layout, rule=rule, hypers=hypers
+        )
+        aliased = self._may_alias
+        return [
+            Channel(session, self.settings, shard, attach, aliased=aliased)
+            for session, shard, attach in zip(self._sessions, shards, attached, strict=True)
+        ]
 
     def publish(
         self,
@@ -187,7 +193,7 @@ class Worker:
         if self.rank == 0:
             for name, value in tensors.items():
                 model.write(self._index(name), value, channels)
-            for name, value in extras.items():
+            for name, value in extras.items() if model.channels[0] in channels else ():
                 self.extra(name).copy_(value.detach())
         for channel in channels:
             channel.publish()
