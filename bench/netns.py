@@ -26,6 +26,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -161,8 +162,6 @@ def bandwidth(sender: Host, receiver: Host, nbytes: int) -> float:
 
 
 def _time_stream(out: socket.socket, come: socket.socket, nbytes: int) -> float:
-    from time import perf_counter
-
     def send() -> None:
         chunk = memoryview(bytes(_CHUNK_BYTES))
         for at in range(0, nbytes, _CHUNK_BYTES):
@@ -170,12 +169,12 @@ def _time_stream(out: socket.socket, come: socket.socket, nbytes: int) -> float:
 
     sending = threading.Thread(target=send)
     room = bytearray(_CHUNK_BYTES)
-    began = perf_counter()
+    began = time.perf_counter()
     sending.start()
     left = nbytes
     while left:
         left -= come.recv_into(room)
-    took = perf_counter() - began
+    took = time.perf_counter() - began
     sending.join()
     return nbytes / took
 

@@ -124,6 +124,7 @@ class ZpsTcp(Zps):
         """Raises BenchError when this worker shares memory with its hub all the same."""
         super().setup(seat)
         if _SHARED in Path("/proc/self/maps").read_text():
+            self.close()
             raise BenchError("this worker maps its hub's memory: it does not use messages")
 
 
