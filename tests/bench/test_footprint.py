@@ -15,7 +15,7 @@ from bench.footprint import Footprint
 from bench.peers import zps_round
 from bench.peers.base import BenchError, Server
 
-MODEL = 16 << 20
+MODEL = 8 << 20
 BUCKET = 256 << 10
 
 

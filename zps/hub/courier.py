@@ -7,6 +7,7 @@ each consumed bucket with its new weights.
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -49,14 +50,16 @@ class Courier:
 
     def __init__(self, job: Job, roster: Roster, router: Router, *, budget: int, in_step: bool):
         """
-        budget   bytes of gradients to hold at a time
+        budget   bytes of gradients to hold at a time, and as many of copied weights on their way
         in_step  a bucket does not change before every worker has had its weights
         """
         self._job = job
         self._roster = roster
         self._router = router
         self._in_step = in_step
+        self._budget = budget
         self._intake = Intake(budget)
+        self._copies: list[weakref.ref[NDArray[np.uint8]]] = []  # gone once they have left
         self._open: dict[tuple[int, int], _Announced] = {}  # by (session, bucket)
         self._outbox: defaultdict[int, deque[_Answer | m.Message]] = defaultdict(deque)
 
@@ -186,12 +189,22 @@ class Courier:
         peer = self._roster.of_session(session)
         queue = self._outbox[session]
         while queue and peer is not None and self._router.is_clear(peer.route):
+            if not self._has_room_for(queue[0]):
+                break
             item = queue.popleft()
             frames = self._frames(peer, item) if isinstance(item, _Answer) else [m.encode(item)]
             if not self._router.send(peer.route, frames):
                 peer = None
         if not queue or peer is None:
             del self._outbox[session]
+
+    def _has_room_for(self, item: _Answer | m.Message) -> bool:
+        """Whether its copy may be made: a socket takes many before it says that it is full."""
+        if not isinstance(item, _Answer) or item.push is not None:
+            return True
+        nbytes = self._job.layout.buckets[item.bucket].nbytes
+        sizes = [copy.nbytes for ref in self._copies if (copy := ref()) is not None]
+        return not sizes or sum(sizes) + nbytes <= self._budget
 
     def _frames(self, peer: Peer, answer: _Answer) -> list[Frame]:
         """Made at the last moment: what waits for room takes none."""
@@ -210,6 +223,8 @@ class Courier:
             peer.base[spec.byte : spec.byte + spec.nbytes] = weights
         if answer.push is None:
             weights = weights.copy()  # it may change before it has left
+            self._copies = [ref for ref in self._copies if ref() is not None]
+            self._copies.append(weakref.ref(weights))
         return [m.encode(header), steps.tobytes(), weights.data]
 
 
