@@ -18,13 +18,14 @@ from bench.peers import problem
 from bench.peers.base import Peer
 from bench.peers.gloo import Gloo
 from bench.peers.rpc import Rpc
-from bench.peers.zps_round import Zps, ZpsGrad
+from bench.peers.zps_round import Zps, ZpsGrad, ZpsTcp
 from bench.report import Case, Goal
 
-PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, Gloo, Rpc)
+PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, ZpsTcp, Gloo, Rpc)
 GOALS = (
     Goal("zps", "gloo", 5.0, (1_000_000, 25_000_000)),
     Goal("zps-grad", "gloo", 2.5, (1_000_000, 25_000_000)),
+    Goal("zps-tcp", "gloo", 1.0, (25_000_000,)),
     Goal("zps", "rpc", 20.0, (1_000_000, 25_000_000)),
 )
 _CHECKED_ROUNDS = 5

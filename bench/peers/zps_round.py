@@ -1,15 +1,21 @@
-"""zps itself: one hub, workers on shared memory, rule SGD with momentum in the hub."""
+"""zps itself: one hub, workers on shared memory or messages, SGD with momentum in the hub."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bench.peers import problem
-from bench.peers.base import Peer, Seat, Server, cores
+from bench.peers.base import BenchError, Peer, Seat, Server, cores
 from bench.peers.problem import Array
+
+if TYPE_CHECKING:
+    import zps
+
+_SHARED = "memfd:zps-"  # how the hub's memory is called where it is mapped
 
 
 class Zps(Peer):
@@ -38,13 +44,18 @@ class Zps(Peer):
         with start_hub(world) as server:
             yield server
 
+    @classmethod
+    def connect(cls, seat: Seat) -> zps.Worker:
+        """This seat's worker, before it has declared anything."""
+        import zps
+
+        return zps.Worker(seat.address, rank=seat.rank, world_size=seat.world)
+
     def setup(self, seat: Seat) -> None:
         import torch
 
-        import zps
-
         self._base = torch.from_numpy(problem.gradient(seat.rank, seat.size, seat.seed))
-        self._worker = zps.Worker(seat.address, rank=seat.rank, world_size=seat.world)
+        self._worker = self.connect(seat)
         self._worker.declare(
             {"w": torch.from_numpy(problem.initial_weights(seat.size, seat.seed))},
             rule="sgd",
@@ -86,12 +97,55 @@ class ZpsGrad(Zps):
         self._worker.push({"w": self._grad}).wait()
 
 
+class ZpsTcp(Zps):
+    """Gradients and weights are messages over loopback, as between two hosts."""
+
+    name: ClassVar[str] = "zps-tcp"
+    about: ClassVar[str] = "zps in bsp, gradients and weights in messages over loopback TCP"
+
+    @classmethod
+    def memory_bytes(cls, size: int, world: int) -> int:
+        # Weights, momentum; base, first weights, slot, own weights of each; received gradients.
+        return 4 * size * (2 + world * 4) + (128 << 20)
+
+    @classmethod
+    @contextmanager
+    def serve(cls, world: int, size: int, seed: int, folder: Path) -> Iterator[Server]:
+        with start_hub(world, f"tcp://127.0.0.1:{free_port()}") as server:
+            yield server
+
+    @classmethod
+    def connect(cls, seat: Seat) -> zps.Worker:
+        import zps
+
+        return zps.Worker(seat.address, rank=seat.rank, world_size=seat.world, link="message")
+
+    def setup(self, seat: Seat) -> None:
+        """Raises BenchError when this worker shares memory with its hub all the same."""
+        super().setup(seat)
+        if _SHARED in Path("/proc/self/maps").read_text():
+            self.close()
+            raise BenchError("this worker maps its hub's memory: it does not use messages")
+
+
 @contextmanager
-def start_hub(world: int) -> Iterator[Server]:
-    """A hub in bsp, with as many threads as there are cores unless a setting says otherwise."""
+def start_hub(world: int, bind: str | None = None, **settings: Any) -> Iterator[Server]:
+    """A hub in bsp, with as many threads as there are cores unless a setting says otherwise.
+
+    bind      where it listens; None: a private ipc socket
+    settings  of the hub, beside those of the environment
+    Raises ConfigError, HubUnreachable with the hub's own reason.
+    """
     from zps.config import Settings
     from zps.hub.process import HubProcess
 
-    settings = Settings.load(world_size=world, mode="bsp")
-    with HubProcess.start(settings) as hub:
-        yield Server(hub.address, (hub.pid,), settings.hub_threads or cores())
+    own = Settings.load(world_size=world, mode="bsp", **settings)
+    with HubProcess.start(own, bind=bind) as hub:
+        yield Server(hub.address, (hub.pid,), own.hub_threads or cores())
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port of `host` that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

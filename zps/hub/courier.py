@@ -7,6 +7,7 @@ each consumed bucket with its new weights.
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -65,7 +66,7 @@ class Courier:
         way_back: Plan,
     ):
         """
-        budget    bytes of gradients to hold at a time
+        budget    bytes of gradients to hold at a time, and as many of copied weights on their way
         in_step   a bucket does not change before every worker has had its weights
         way_back  how weights are encoded
         """
@@ -81,7 +82,9 @@ class Courier:
         self._last: dict[int, tuple[int, Bytes]] = {}  # bucket -> (version, what was sent)
         if self._deltas is not None and in_step:
             self._sent = private_bytes(job.layout.arena_bytes, "what remote workers hold")
+        self._budget = budget
         self._intake = Intake(budget)
+        self._copies: list[weakref.ref[NDArray[np.uint8]]] = []  # gone once they have left
         self._open: dict[tuple[int, int], _Announced] = {}  # by (session, bucket)
         self._outbox: defaultdict[int, deque[_Answer | m.Message]] = defaultdict(deque)
 
@@ -227,12 +230,22 @@ class Courier:
         peer = self._roster.of_session(session)
         queue = self._outbox[session]
         while queue and peer is not None and self._router.is_clear(peer.route):
+            if not self._has_room_for(queue[0]):
+                break
             item = queue.popleft()
             frames = self._frames(peer, item) if isinstance(item, _Answer) else [m.encode(item)]
             if not self._router.send(peer.route, frames):
                 peer = None
         if not queue or peer is None:
             del self._outbox[session]
+
+    def _has_room_for(self, item: _Answer | m.Message) -> bool:
+        """Whether its copy may be made: a socket takes many before it says that it is full."""
+        if not isinstance(item, _Answer) or item.push is not None:
+            return True
+        nbytes = self._job.layout.buckets[item.bucket].nbytes
+        sizes = [copy.nbytes for ref in self._copies if (copy := ref()) is not None]
+        return not sizes or sum(sizes) + nbytes <= self._budget
 
     def _frames(self, peer: Peer, answer: _Answer) -> list[Frame]:
         """Made at the last moment: what waits for room takes none."""
@@ -260,11 +273,17 @@ class Courier:
         if self._sent is not None:
             if self._is_alone(peer):
                 self._sent[place] = weights
-            return self._sent[place].copy()
+            return self._copy(self._sent[place])
         if peer.base is not None:
             peer.base[place] = weights
         # The answer to a push cannot change before it has left: the peer pushes again only then.
-        return weights if answer.push is not None else weights.copy()
+        return weights if answer.push is not None else self._copy(weights)
+
+    def _copy(self, weights: Bytes) -> Bytes:
+        copied = weights.copy()
+        self._copies = [ref for ref in self._copies if ref() is not None]
+        self._copies.append(weakref.ref(copied))
+        return copied
 
     def _delta(self, peer: Peer, bucket: int, version: int) -> Bytes:
         assert self._deltas is not None

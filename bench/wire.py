@@ -1,0 +1,338 @@
+"""What do gradients and weights cost between hosts: bytes, time, and memory in the hub?
+
+    python -m bench.wire
+
+Two hosts are two network namespaces with a cable of 1 Gb/s, which only root may lay; without it
+`link` and `node` are skipped. `link`: one worker here and its hub there, a synchronous round for
+each pair of codecs, checked, counted and timed in one run. `node`: four workers here send what one
+would. `memory`: what a hub holds when eight workers push and one is late.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bench import footprint, harness, netns, report
+from bench.netns import Counters, Host
+from bench.peers import encoded, remote
+from bench.peers import team as teams_of
+from bench.peers.base import BenchError
+from bench.peers.problem import Array
+from bench.peers.remote import Remote, RemoteFp16, RemoteInt8, RemoteOnebit, Unsupported
+from bench.peers.team import Team
+from bench.peers.zps_round import Zps
+from bench.report import Case, Goal
+
+PEERS: tuple[type[Remote], ...] = (Remote, RemoteInt8, RemoteOnebit, RemoteFp16)
+CASES = ("link", "node", "memory")
+GOALS = (
+    Goal("zps-int8", "none", 3.5, (25_000_000,)),
+    Goal("zps-onebit-int8", "none", 5.0, (25_000_000,)),
+)
+SHARE_GOAL = 0.9  # of the cable's bandwidth, as a plain TCP connection reaches it
+BYTES_RTOL = 0.02
+_CHECKED_ROUNDS = 5
+_COUNTED_ROUNDS = 3
+_NODE_WORKERS = 4
+_MEMORY_WORKERS, _MEMORY_BYTES = 8, 100_000_000
+
+app = typer.Typer(add_completion=False)
+
+Tick = Callable[[str], None]
+
+
+# --- link: bytes and time ------------------------------------------------------------------------
+
+
+def measure_link(
+    size: int, rate: str, seed: int, plan: harness.Plan, console: Console
+) -> tuple[Case, dict[str, str]]:
+    """All codecs at one size: results first, then bytes, then time.
+
+    Returns the case, and why each participant that is not in it was left out.
+    """
+    with ExitStack() as stack:
+        steps = len(PEERS) * (5 + plan.blocks) + 2
+        tick = stack.enter_context(report.progress(console, steps))
+        hub, workers = stack.enter_context(netns.network(rate))
+        teams, skipped = _seat(stack, hub, workers, size, seed, tick)
+        for name, team in teams.items():
+            tick(f"check {name}")
+            check_weights(team, size, seed, _expected_digest(name, size, seed))
+        wire = {name: count_bytes(team, workers, size) for name, team in teams.items()}
+        tick("bandwidth")
+        before = netns.bandwidth(workers, hub, 4 * size)
+        run = harness.measure(teams, plan, tick)
+        after = netns.bandwidth(workers, hub, 4 * size)
+    plain = (before + after) / 2
+    share = 4 * size / (run.measured["none"].p(50) * 1e-6) / plain
+    link = {
+        "rate": rate,
+        "plain_tcp_bytes_per_s": round(plain),
+        "share": round(share, 3),
+        "goal": SHARE_GOAL,
+        "met": share >= SHARE_GOAL,
+    }
+    facts = {"wire": wire, "link": link, "skipped": skipped, **report.facts()}
+    return Case("wire", size, 4 * size, 1, run, GOALS, facts), skipped
+
+
+def _seat(
+    stack: ExitStack, hub: Host, workers: Host, size: int, seed: int, tick: Tick
+) -> tuple[dict[str, Team], dict[str, str]]:
+    teams: dict[str, Team] = {}
+    skipped: dict[str, str] = {}
+    for peer in PEERS:
+        tick(f"start {peer.name}")
+        try:
+            team = stack.enter_context(remote.remote_team(peer, hub, workers, size, seed))
+            teams[peer.name] = team
+        except Unsupported as reason:
+            skipped[peer.name] = str(reason)
+    if "none" not in teams:
+        raise BenchError(f"not even plain rounds run: {skipped['none']}")
+    return teams, skipped
+
+
+def _expected_digest(name: str, size: int, seed: int) -> str | None:
+    """Of the weights that a worker with shared memory ends up with, where nothing is encoded."""
+    if name != "none":
+        return None
+    with (
+        TemporaryDirectory(prefix="bench-") as folder,
+        teams_of.team(Zps, 1, size, seed, Path(folder)) as team,
+    ):
+        team.run(_CHECKED_ROUNDS)
+        return team.digests()[0]
+
+
+def check_weights(team: Team, size: int, seed: int, digest: str | None) -> None:
+    """Runs the first rounds. Raises BenchError unless their result is what it has to be.
+
+    digest  of the weights, where they must be the same bits; otherwise they may differ from those
+            of the hub, which NumPy works out, by what the codec of the weights loses
+    """
+    team.run(_CHECKED_ROUNDS)
+    peer = team.peer
+    assert issubclass(peer, Remote)
+    expected = encoded.reference(peer.push_codec, size, seed, _CHECKED_ROUNDS)
+    if digest is not None:
+        harness.check(team, expected, _CHECKED_ROUNDS)
+        if team.digests() != [digest]:
+            raise BenchError(f"{peer.name}: other bits than over shared memory")
+        return
+    _check_lossy(peer, dict(team.weights())[0], expected)
+
+
+def _check_lossy(peer: type[Remote], seen: Array, expected: Array) -> None:
+    error, allowed = encoded.error_of(seen, expected), encoded.allowed_error(peer.pull_codec)
+    if not error <= allowed:
+        raise BenchError(
+            f"{peer.name}: after {_CHECKED_ROUNDS} rounds the worker's weights are off by "
+            f"{error:.2g} of their size, {allowed:.2g} is what their codec may lose"
+        )
+
+
+def count_bytes(team: Team, workers: Host, size: int) -> dict[str, Any]:
+    """Bytes a round, as the cable's counters have it and as the formula has it.
+
+    Raises BenchError when the two differ by more than BYTES_RTOL.
+    """
+    assert issubclass(team.peer, Remote)
+    before = workers.counters()
+    team.run(_COUNTED_ROUNDS)
+    counted = workers.counters() - before
+    up, down = remote.round_bytes(team.peer, size)
+    sent = _compared(counted.sent_bytes, counted.sent_packets, up)
+    received = _compared(counted.received_bytes, counted.received_packets, down)
+    for way, figures in (("to the hub", sent), ("from the hub", received)):
+        if abs(figures["off"]) > BYTES_RTOL:
+            raise BenchError(
+                f"{team.peer.name}: {figures['bytes']} bytes a round {way}, the formula says "
+                f"{figures['formula']}"
+            )
+    return {"to_hub": sent, "from_hub": received}
+
+
+def _compared(counted: int, packets: int, formula: int) -> dict[str, Any]:
+    per_round = counted / _COUNTED_ROUNDS
+    expected = formula + remote.packet_bytes(packets) / _COUNTED_ROUNDS
+    off = per_round / expected - 1
+    return {"bytes": round(per_round), "formula": round(expected), "off": round(off, 5)}
+
+
+def tell_link(case: Case, skipped: dict[str, str], console: Console, file: Path | None) -> None:
+    """The table and the lines of the case, and what they do not show."""
+    report.tell(case, console, file)
+    for name, ways in case.facts["wire"].items():
+        told = ", ".join(
+            f"{ways[way]['bytes'] / 1e6:.2f} MB {text} (formula {ways[way]['off']:+.2%})"
+            for way, text in (("to_hub", "to the hub"), ("from_hub", "back"))
+        )
+        console.print(f"{name}: {told}", highlight=False)
+    link = case.facts["link"]
+    colour = "green" if link["met"] else "red"
+    console.print(
+        f"none: [{colour}]{link['share']:.1%}[/{colour}] (goal {SHARE_GOAL:.0%}) of the "
+        f"{link['plain_tcp_bytes_per_s'] * 8 / 1e6:.0f} Mb/s that plain TCP reaches",
+        highlight=False,
+    )
+    for name, reason in skipped.items():
+        _skip(name, reason, console)
+
+
+# --- node: several workers, one journey ----------------------------------------------------------
+
+
+def measure_node(size: int, rate: str, seed: int, console: Console) -> dict[str, Any]:
+    """Bytes a round between a node of four workers and its hub, beside those of one worker.
+
+    Raises BenchError when they are more than BYTES_RTOL apart.
+    """
+    with (
+        report.progress(console, 3) as tick,
+        netns.network(rate) as (hub, workers),
+    ):
+        totals = []
+        for rounds in (_CHECKED_ROUNDS, _CHECKED_ROUNDS + _COUNTED_ROUNDS):
+            tick(f"{rounds} rounds")
+            totals.append(_node_bytes(hub, workers, size, seed, rounds))
+    counted = totals[1] - totals[0]  # start and end cost the same in both
+    up, down = remote.round_bytes(Remote, size)
+    sent = _compared(counted.sent_bytes, counted.sent_packets, up)
+    received = _compared(counted.received_bytes, counted.received_packets, down)
+    if max(abs(sent["off"]), abs(received["off"])) > BYTES_RTOL:
+        raise BenchError(f"a node's bytes a round are not those of one worker: {sent}, {received}")
+    return {"workers": _NODE_WORKERS, "size": size, "to_hub": sent, "from_hub": received}
+
+
+def _node_bytes(hub: Host, workers: Host, size: int, seed: int, rounds: int) -> Counters:
+    """What crosses the cable while a node runs so many checked rounds, from start to end."""
+    with ExitStack() as stack:
+        server = stack.enter_context(remote.hub_on(hub, 1))
+        before = workers.counters()
+        command = [sys.executable, "-m", "zps", "launch", "-n", str(_NODE_WORKERS)]
+        command += ["-m", "bench.peers.node_rounds", str(size), str(seed), str(rounds)]
+        environ = {**os.environ, "ZPS_NODE_HUB": "1", "ZPS_HUB": server.address}
+        with workers.entered():
+            done = subprocess.run(command, env=environ, capture_output=True, text=True)
+        if done.returncode:
+            raise BenchError(f"the node has failed:\n{done.stderr[-2000:]}")
+        return workers.counters() - before
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def measure_memory(console: Console) -> dict[str, Any]:
+    """A hub's memory with eight workers of 100 MB, one of them late, at the default settings."""
+    from zps.config import Settings
+
+    own = Settings.load()
+    with report.progress(console, 1) as tick:
+        tick("memory")
+        found = footprint.measure(
+            _MEMORY_WORKERS,
+            _MEMORY_BYTES,
+            buffer_bytes=own.hub_buffer_bytes,
+            bucket_bytes=own.bucket_bytes,
+        )
+    return {
+        "workers": _MEMORY_WORKERS,
+        "bytes": _MEMORY_BYTES,
+        "held_bytes": found.held,
+        "peak_bytes": found.peak,
+        "needed_bytes": found.needed,
+        "ratio": round(found.peak / found.needed, 3),
+        "goal": footprint.ALLOWED,
+        "met": found.bounded,
+    }
+
+
+# --- what a person reads -------------------------------------------------------------------------
+
+
+def _tell(case: str, record: dict[str, Any], console: Console, file: Path | None) -> None:
+    console.print(f"{case}: {json.dumps(record)}", highlight=False)
+    line = json.dumps({"bench": "wire", "what": case, **record, **report.facts()})
+    print(line, flush=True)
+    if file is not None:
+        with file.open("a") as kept:
+            kept.write(line + "\n")
+
+
+def _skip(what: str, reason: str, console: Console) -> None:
+    console.print(f"{what} is skipped: {reason}", style="yellow", highlight=False, markup=False)
+
+
+def choose_cases(names: str | None) -> list[str]:
+    """The cases to run, in their order. Raises BenchError for one that there is not."""
+    wanted = [name.strip() for name in names.split(",")] if names else list(CASES)
+    for name in wanted:
+        if name not in CASES:
+            raise BenchError(f"unknown case {name!r}: choose from {', '.join(CASES)}")
+    return [name for name in CASES if name in wanted]
+
+
+def unavailable(case: str) -> str | None:
+    """None, or why this case cannot run here."""
+    if case == "memory":
+        return None
+    return netns.unavailable() or (_no_node_hub() if case == "node" else None)
+
+
+def _no_node_hub() -> str | None:
+    from zps.config import Settings
+    from zps.errors import ConfigError
+
+    try:
+        Settings.load(environ={"ZPS_NODE_HUB": "1"})
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@app.command()
+def main(
+    size: Annotated[str, typer.Option(help="fp32 parameters: 1M, 25M, ...")] = "25M",
+    rate: Annotated[str, typer.Option(help="of the cable, in tc's words")] = "1gbit",
+    cases: Annotated[str | None, typer.Option(help="comma-separated; default: all")] = None,
+    quick: report.Quick = False,
+    cycles: report.Cycles = None,
+    calm: report.Calm = None,
+    seed: report.Seed = 0,
+    json_file: report.JsonFile = None,
+) -> None:
+    """Count and time rounds between two hosts, and weigh the hub."""
+    console = report.console()
+    with report.complaints(console, "bench.wire"):
+        (count,) = harness.parse_sizes(size)
+        chosen = choose_cases(cases)
+        plan = harness.plan(quick, cycles, calm)
+        for name in chosen:
+            reason = unavailable(name)
+            if reason:
+                _skip(name, reason, console)
+            elif name == "link":
+                harness.require_memory(PEERS, count, 1, payload_bytes=4 * count)
+                case, skipped = measure_link(count, rate, seed, plan, console)
+                tell_link(case, skipped, console, json_file)
+            elif name == "node":
+                _tell(name, measure_node(count, rate, seed, console), console, json_file)
+            else:
+                _tell(name, measure_memory(console), console, json_file)
+
+
+if __name__ == "__main__":
+    app()
