@@ -112,7 +112,7 @@ def round_bytes(peer: type[Remote], size: int) -> tuple[int, int]:
         absent=False,
     )
     data = m.Data(**session, push=1 << 32, bucket=0)
-    weights = m.Weights(bucket=0, version=1, closed=1, push=1 << 32, outcome=0)
+    weights = m.Weights(bucket=0, version=1, closed=1, push=1 << 32, outcome=0, coded=True)
     fetch = m.Fetch(push=1 << 32, buckets=[0])
     up = _framed(len(m.encode(push)))
     down = 0
