@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,8 +98,9 @@ def _watched(pid: int) -> Iterator[_Watch]:
     watch, over = _Watch(pid), threading.Event()
 
     def look() -> None:
-        while not over.wait(_SAMPLE_S):
-            watch.look()
+        with suppress(ProcessLookupError, FileNotFoundError):  # it ends when its workers fail
+            while not over.wait(_SAMPLE_S):
+                watch.look()
 
     thread = threading.Thread(target=look)
     thread.start()

@@ -224,7 +224,8 @@ def _node_bytes(hub: Host, workers: Host, size: int, seed: int, rounds: int) -> 
         before = workers.counters()
         command = [sys.executable, "-m", "zps", "launch", "-n", str(_NODE_WORKERS)]
         command += ["-m", "bench.peers.node_rounds", str(size), str(seed), str(rounds)]
-        environ = {**os.environ, "ZPS_NODE_HUB": "1", "ZPS_HUB": server.address}
+        node = {"ZPS_NODE_HUB": "1", "ZPS_NODES": "1", "ZPS_NODE_RANK": "0"}
+        environ = {**os.environ, **node, "ZPS_HUB": server.address}
         with workers.entered():
             done = subprocess.run(command, env=environ, capture_output=True, text=True)
         if done.returncode:

@@ -18,7 +18,9 @@ _PIECE = 1 << 20  # elements that are worked on at a time: a multiple of a block
 # Root of the mean square error of weights that were encoded once or twice, over that of the weights
 # themselves (normally distributed), with room to spare: half a step of 1/127 of the largest of 256.
 PULL_LOSS = {"none": 1e-6, "fp16": 1e-3, "int8": 2e-2}
-_EQUAL = 1e-5  # a scale that differs in its last bit may round a few elements to the next code
+# Scales that differ in their last bit give a few elements the next code, or the other sign, until
+# feedback has made up for it. A lost round is 50 times as much.
+_EQUAL = 1e-3
 
 
 def encoded_bytes(codec: str, count: int) -> int:
