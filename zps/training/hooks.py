@@ -87,20 +87,26 @@ class GradientStream:
             self._paused = before
 
     def finish(
-        self, *, scaled: bool, finite: bool = True, scale: float = 1.0
+        self,
+        *,
+        scaled: bool,
+        unscaled: bool = False,
+        finite: bool = True,
+        scale: float = 1.0,
     ) -> tuple[Outcome, ...]:
         """Hand the round over, wait for it, and begin the next.
 
-        scaled  a GradScaler is at work: it changes gradients after backward, and infinities skip
-                the round for everyone
-        finite  False: the scaler has found some already
-        scale   what the loss was multiplied by
+        scaled    a GradScaler is at work: it changes gradients after backward, and infinities skip
+                  the round for everyone
+        unscaled  it has divided the gradients by its scale
+        finite    False: the scaler has found some already
+        scale     what the gradients are still multiplied by
         Raises GradientModified, NonFiniteGradient (nothing has left then), WaitTimeout (the same
         step may be tried again), HubLost.
         """
         if self._work is None:
             self._scale = scale
-            self._work = self._hand_over(scaled, finite)
+            self._work = self._hand_over(scaled, unscaled, finite)
         outcomes = self._work.wait().outcomes
         self._begin()
         return outcomes
@@ -125,11 +131,12 @@ class GradientStream:
         elif self._work is None and gradient is not None:
             self._copy(index, gradient)
 
-    def _hand_over(self, scaled: bool, finite: bool) -> Work:
+    def _hand_over(self, scaled: bool, unscaled: bool, finite: bool) -> Work:
         absent = []
         for index, (_, param) in enumerate(self._params):
             copied = self._copied.get(index)
-            if copied is not None and copied.is_still(param.grad):
+            # torch counts what `unscale_` writes as no new version of a gradient.
+            if copied is not None and copied.is_still(param.grad) and not unscaled:
                 if copied.scale != self._scale and self._coded[index] and param.grad is not None:
                     self._copy(index, param.grad)  # what was lost before has another scale
                 continue

@@ -109,7 +109,12 @@ class Optimizer(torch.optim.Optimizer):
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)  # set by a GradScaler
         scaled = found_inf is not None
         finite = not (scaled and bool(found_inf))
-        outcomes = self._stream.finish(scaled=scaled, finite=finite, scale=self._loss_scale())
+        outcomes = self._stream.finish(
+            scaled=scaled,
+            unscaled=scaled and getattr(self, "grad_scale", None) is None,
+            finite=finite,
+            scale=self._loss_scale(),
+        )
         skipped = Outcome.SKIPPED in outcomes
         if self._apply == "worker":
             if not skipped:

@@ -69,6 +69,7 @@ class Channel:
         count = len(layout.buckets)
         self._next_round = np.full(count, self.link.first_round, np.int64)
         self._last_seq = np.zeros(count, np.uint64)
+        self._settled = np.zeros(count, np.uint64)  # the last whose outcome is known
         self._replica = self._make_replica()
         self.encoder = Encoder(plan, self.link.slots, stream=session.rank)
         self.weights = [self._tensor(self._replica, i) for i in range(len(layout.params))]
@@ -103,8 +104,11 @@ class Channel:
     # --- rounds -------------------------------------------------------------------------------
 
     def wait_for_slots(self, buckets: NDArray[np.uint32]) -> None:
-        """Return once the slots of these buckets may be written again."""
-        self.link.wait(buckets, self._last_seq[buckets], self._settings.timeout_s)
+        """Return once these buckets may be encoded and written again."""
+        seqs = self._last_seq[buckets]
+        if (self._settled[buckets] < seqs).any():
+            self.link.wait(buckets, seqs, self._settings.timeout_s)
+            self._settle(buckets, seqs, self.link.outcomes(buckets))
 
     def push(self, buckets: NDArray[np.uint32], info: PushInfo) -> Part:
         """Push whole buckets that already lie in the slots, each in its next round.
@@ -122,9 +126,12 @@ class Channel:
                 part = same[at : at + m.MAX_PUSH_BUCKETS]
                 self._last_seq[part] = self.link.push(number, part.tolist(), info)
             self._next_round[same] = number + 1
-        absent = () if info.absent is None else info.absent.tolist()
-        if info.finite:
+        if info.finite and info.samples > 0:
+            absent = () if info.absent is None else info.absent.tolist()
             self.encoder.commit(buckets, info.grad_scale, absent=absent)
+        else:
+            # It counts nothing, so that what was lost before is still to be sent.
+            self.encoder.withhold(buckets)
         return Part(self.link, buckets, self._last_seq[buckets], self._settle)
 
     def refresh(self, buckets: Sequence[int] | NDArray[np.uint32] | None = None) -> None:
@@ -182,9 +189,23 @@ class Channel:
 
     # --- parts --------------------------------------------------------------------------------
 
-    def _settle(self, buckets: NDArray[np.uint32], outcomes: Sequence[Outcome]) -> None:
-        """What was encoded and came to nothing is fed back as if it had never left."""
-        lost = [b for b, o in zip(buckets, outcomes, strict=True) if o is not Outcome.APPLIED]
+    def _settle(
+        self,
+        buckets: NDArray[np.uint32],
+        seqs: NDArray[np.uint64],
+        outcomes: Sequence[Outcome],
+    ) -> None:
+        """What was encoded and came to nothing is fed back as if it had never left.
+
+        Once for each push: whoever waits for it later may find a newer one encoded.
+        """
+        new = seqs > self._settled[buckets]
+        self._settled[buckets[new]] = seqs[new]
+        lost = [
+            bucket
+            for bucket, outcome in zip(buckets[new], np.array(outcomes)[new], strict=True)
+            if outcome != Outcome.APPLIED
+        ]
         if lost:
             self.encoder.revert(lost)
 

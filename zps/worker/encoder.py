@@ -46,6 +46,7 @@ class Encoder:
         self._address = int(slots.ctypes.data)
         self._stream = stream
         self._pushes = 0
+        self._spoilt: set[int] = set()  # parameters whose gradient was not finite
         self._residual = Residual(plan) if plan.residual_elements else None
         self._coded = [plan.codec_of_param(i).kind != 0 for i in range(len(plan.layout.params))]
         self._pieces = [self._pieces_of(i) if coded else [] for i, coded in enumerate(self._coded)]
@@ -81,6 +82,7 @@ class Encoder:
                 seed=self._seed(piece.number),
             )
             finite = finite and fine
+        (self._spoilt.discard if finite else self._spoilt.add)(param)
         return finite
 
     def clear(self, param: int) -> None:
@@ -92,10 +94,19 @@ class Encoder:
             self._slots[piece.slot : piece.slot + piece.encoding.nbytes] = 0
 
     def commit(self, buckets: Iterable[int], scale: float, *, absent: Iterable[int] = ()) -> None:
-        """These buckets have left: see `Residual.commit`."""
+        """These buckets have left: see `Residual.commit`.
+
+        A gradient that was not finite, and left all the same, leaves what was lost before.
+        """
         self._pushes += 1
         if self._residual is not None:
-            self._residual.commit(buckets, scale, absent=absent)
+            self._residual.commit(buckets, scale, absent={*absent, *self._spoilt})
+
+    def withhold(self, buckets: Iterable[int]) -> None:
+        """These buckets have left and count nothing: what was lost before stays where it is."""
+        self._pushes += 1
+        if self._residual is not None:
+            self._residual.commit(buckets, absent=range(len(self._coded)))
 
     def revert(self, buckets: Iterable[int]) -> None:
         """These buckets, of the last push that named them, have not been applied."""
@@ -111,6 +122,8 @@ class Encoder:
         found = []
         for index in layout.pieces_of(param):
             piece = layout.pieces[index]
+            if not piece.count:
+                continue  # a tensor without elements has no address, and nothing to say
             encoding = native.Encoding(plan.table[plan.codec_index[index]], piece.count, dtype)
             assert encoding.nbytes == plan.piece_nbytes[index], "plan and kernel disagree"
             slot = int(plan.bucket_offset[piece.bucket] + plan.piece_offset[index])

@@ -19,8 +19,8 @@ class Part(NamedTuple):
     link: Link
     buckets: NDArray[np.uint32]
     seqs: NDArray[np.uint64]
-    settle: Callable[[NDArray[np.uint32], Sequence[Outcome]], None]
-    """Called once with the buckets and what became of each."""
+    settle: Callable[[NDArray[np.uint32], NDArray[np.uint64], Sequence[Outcome]], None]
+    """Called once with the buckets, the pushes waited for, and what became of each."""
 
 
 class Work:
@@ -55,7 +55,7 @@ class Work:
                 part.link.wait(part.buckets, part.seqs, max(0.0, deadline - time.monotonic()))
             found = [part.link.outcomes(part.buckets) for part in self._parts]
             for part, outcomes in zip(self._parts, found, strict=True):
-                part.settle(part.buckets, outcomes)
+                part.settle(part.buckets, part.seqs, outcomes)
             self._outcomes = tuple(outcome for outcomes in found for outcome in outcomes)
             self._finish()
             self._finished = True

@@ -442,9 +442,8 @@ class Worker:
         return selection
 
     def _wait_for_slots(self, selection: Selection) -> None:
-        if not all(work.finished for work in self._under_way):
-            for channel, buckets in zip(self._declared().channels, selection, strict=True):
-                channel.wait_for_slots(buckets)
+        for channel, buckets in zip(self._declared().channels, selection, strict=True):
+            channel.wait_for_slots(buckets)
 
     def _fill(self, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> bool:
         """Bring gradients into the slots; whether all are finite."""
