@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,9 @@ from zps.core.rounds import Apply, Drop, Mode, Rounds
 from zps.core.staleness import StalenessPolicy, lr_factor
 from zps.hub.store import Pushed, Store, Update
 from zps.memory.control import Control, Outcome, done_word
+
+HandOver = Callable[[list[Update]], None]
+"""Takes updates, no two of one bucket, whose gradients lie in their slots until `finish`."""
 
 _OUTCOMES = {"late": Outcome.LATE, "stale": Outcome.STALE, "duplicate": Outcome.DUPLICATE}
 
@@ -47,12 +50,23 @@ class Policy:
 class Engine:
     """Rounds, the store, and the pushes between the two."""
 
-    def __init__(self, store: Store, control: Control, policy: Policy):
+    def __init__(
+        self,
+        store: Store,
+        control: Control,
+        policy: Policy,
+        hand_over: HandOver | None = None,
+    ):
+        """
+        hand_over  carries updates out elsewhere, where whole rounds are judged too; whoever gets
+                   them calls `finish`, now or later. None: the store does, at once
+        """
         self.store = store
         self.counters: Counter[str] = Counter()
         self._control = control
         self._done_address = control.done_address(0)
         self._policy = policy
+        self._hand_over = hand_over
         self.rounds = policy.rounds(len(store.layout.buckets))
         self._waiting: dict[tuple[int, int, int], Pushed] = {}  # by (rank, round, bucket)
         self._busy: set[tuple[int, int]] = set()  # (session, bucket) whose slot is not consumed
@@ -123,9 +137,10 @@ class Engine:
         """Apply what is ready and wake the workers it concerns."""
         while self._ready:
             updates, self._ready = _one_a_bucket(self._ready)
-            self.store.apply(updates)
-            self._finish(updates, Outcome.APPLIED)
-            self.counters["updates"] += len(updates)
+            if self._hand_over is not None:
+                self._hand_over(updates)
+            else:
+                self._apply(updates)
         if self._posts:
             index, words = zip(*self._posts, strict=True)
             self._posts.clear()
@@ -135,6 +150,14 @@ class Engine:
                 np.array(index, np.uint32),
                 np.array(words, np.uint64),
             )
+
+    def finish(self, updates: Iterable[Update], outcome: Outcome) -> None:
+        """Updates are done: their rounds close, and the next flush tells whoever pushed them."""
+        for update in updates:
+            # Ordered before the words by the release in native.post.
+            self._control.closed[update.bucket] = update.round + 1
+            for pushed in update.contributions:
+                self._post(pushed, update.bucket, outcome)
 
     # --- parts --------------------------------------------------------------------------------
 
@@ -169,7 +192,7 @@ class Engine:
 
     def _decide(self, update: Update) -> None:
         """Straight to the kernels, unless the verdict on the whole round comes first."""
-        if not self._goes_as_a_whole(update.contributions):
+        if self._hand_over is not None or not self._goes_as_a_whole(update.contributions):
             self._ready.append(update)
         elif self._policy.mode is Mode.BSP:
             self._hold((update.round,), update)
@@ -212,18 +235,14 @@ class Engine:
             self.counters["rounds_skipped"] += 1
             for update in updates:
                 self.store.touch(update.bucket)
-            self._finish(updates, Outcome.SKIPPED)
+            self.finish(updates, Outcome.SKIPPED)
             return
+        self._apply(updates, coef)
+
+    def _apply(self, updates: list[Update], coef: float = 1.0) -> None:
         self.store.apply(updates, coef)
         self.counters["updates"] += len(updates)
-        self._finish(updates, Outcome.APPLIED)
-
-    def _finish(self, updates: list[Update], outcome: Outcome) -> None:
-        for update in updates:
-            # Ordered before the words by the release in native.post.
-            self._control.closed[update.bucket] = update.round + 1
-            for pushed in update.contributions:
-                self._post(pushed, update.bucket, outcome)
+        self.finish(updates, Outcome.APPLIED)
 
     def _post(self, pushed: Pushed, bucket: int, outcome: Outcome) -> None:
         self._busy.discard((pushed.session, bucket))

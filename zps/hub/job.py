@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zps import native
 from zps.config import Settings
 from zps.core.layout import Layout
 from zps.core.rounds import Mode
@@ -28,6 +27,7 @@ from zps.wire.sockets import Frame
 log = logging.getLogger("zps.hub")
 
 ResolveRule = Callable[[str], Rule | ForeignFactory]
+MakeEngine = Callable[["Declaration", Control, Policy], Engine]
 
 
 class Refused(Exception):
@@ -98,6 +98,7 @@ class Job:
     declared: Declaration
     engine: Engine
     control: Control
+    who: str  # declared it
 
     @classmethod
     def open(
@@ -107,24 +108,19 @@ class Job:
         *,
         epoch: int,
         world_size: int,
-        pool: native.Pool,
-        resolve: ResolveRule,
+        who: str,
+        make_engine: MakeEngine,
     ) -> Job:
-        """Allocate everything the job needs. Raises OutOfMemory, ConfigError."""
+        """Allocate everything the job needs. Raises OutOfMemory, ConfigError.
+
+        who  declared it, for messages
+        """
         layout = declared.layout
         control = Control.create(
             epoch=epoch,
             world_size=world_size,
             buckets=len(layout.buckets),
             pieces=len(layout.pieces),
-        )
-        store = Store(
-            layout,
-            resolve(declared.rule),
-            declared.group_of,
-            declared.hypers,
-            pool=pool,
-            control=control,
         )
         policy = Policy(
             mode=Mode(settings.mode),
@@ -138,7 +134,7 @@ class Job:
             "%d parameters in %d buckets, rule %s, mode %s",
             *(len(layout.params), len(layout.buckets), declared.rule, settings.mode),
         )
-        return cls(declared, Engine(store, control, policy), control)
+        return cls(declared, make_engine(declared, control, policy), control, who)
 
     @property
     def layout(self) -> Layout:
@@ -149,18 +145,20 @@ class Job:
         return self.engine.store
 
     def check_same(self, other: Declaration, who: str) -> None:
-        """Raise Refused naming the first difference from what rank 0 declared."""
+        """Raise Refused naming the first difference from what was declared first."""
         if other.layout.hash != self.layout.hash:
-            raise Refused("layout", other.layout.explain_mismatch(self.layout, who, "rank 0"))
+            raise Refused("layout", other.layout.explain_mismatch(self.layout, who, self.who))
         if other.rule != self.declared.rule:
             raise Refused(
-                "rule", f"the rule is {other.rule!r} on {who}, {self.declared.rule!r} on rank 0"
+                "rule", f"the rule is {other.rule!r} on {who}, {self.declared.rule!r} on {self.who}"
             )
         if other.group_of != self.declared.group_of:
-            raise Refused("groups", f"{who} has its parameters in other groups than rank 0")
+            raise Refused("groups", f"{who} has its parameters in other groups than {self.who}")
         mine, theirs = self.declared.hypers.max_grad_norm, other.hypers.max_grad_norm
         if mine != theirs:
-            raise Refused("settings", f"max_grad_norm is {theirs} on {who} but {mine} on rank 0")
+            raise Refused(
+                "settings", f"max_grad_norm is {theirs} on {who} but {mine} on {self.who}"
+            )
 
     def new_hypers(self, data: bytes) -> Hypers:
         """Changed hyperparameters, with the state they need. Raises ProtocolError, ConfigError."""

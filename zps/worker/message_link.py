@@ -31,14 +31,26 @@ class MessageLink:
 
     private = True
 
-    def __init__(self, session: Session, layout: Layout, attach: m.Attach):
+    def __init__(
+        self,
+        session: Session,
+        layout: Layout,
+        attach: m.Attach,
+        *,
+        weights: NDArray[np.uint8] | None = None,
+        slots: NDArray[np.uint8] | None = None,
+    ):
+        """weights, slots: memory to use, as `Link` describes it; None: of this link's own."""
         self._session = session
         self._layout = layout
         self.first_round = attach.first_round
         self.formed = attach.formed
         count = len(layout.buckets)
-        self._weights = _private_bytes(layout.total_bytes, "the weights of this worker")
-        self._slots = _private_bytes(layout.arena_bytes, "the gradients of this worker")
+        if weights is None:
+            weights = private_bytes(layout.total_bytes, "the weights of this worker")
+        if slots is None:
+            slots = private_bytes(layout.arena_bytes, "the gradients of this worker")
+        self._weights, self._slots = weights, slots
         self._versions = np.zeros(count, np.int64)
         self._closed = np.zeros(count, np.int64)
         self._steps = np.zeros(len(layout.pieces), np.int64)
@@ -210,5 +222,6 @@ def _fill(target: NDArray[np.uint8], frames: Sequence[Frame]) -> None:
         at += len(frame)
 
 
-def _private_bytes(nbytes: int, what: str) -> NDArray[np.uint8]:
+def private_bytes(nbytes: int, what: str) -> NDArray[np.uint8]:
+    """Zeroed memory of this process alone. Raises OutOfMemory."""
     return private_floats(-(-nbytes // 4), what).view(np.uint8)[:nbytes]
