@@ -23,6 +23,7 @@ LEVELS = (
     ("launch",),
     ("monitor",),
     ("training",),
+    ("relay",),
     ("worker", "hub"),
     ("codec",),
     ("optim",),

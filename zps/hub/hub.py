@@ -469,6 +469,8 @@ class Hub:
             data = store.read_master(read.index)
         elif read.what == "extra":
             data = store.read_extra(read.index)
+        elif read.what == "steps":
+            data = store.control.steps.tobytes()
         else:
             data = store.read_foreign(read.index)
         step = self.settings.bucket_bytes  # no frame is larger than what a socket accepts
