@@ -1,4 +1,4 @@
-"""A whole job on this machine: one hub, n workers, one exit code."""
+"""A whole job, or one node's share of it, on this machine: one hub, n workers, one exit code."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zps.config import Settings, variable
 from zps.errors import ConfigError
 from zps.launch.supervise import Hub, Job, Spec, Supervisor
+
+if TYPE_CHECKING:
+    from zps.hub.process import HubProcess
 
 __all__ = ["Plan", "command", "launch", "worker_environment"]
 
@@ -21,7 +24,10 @@ _HUB_STOP_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run: `command` is one worker's, the same for all of them."""
+    """What to run: `command` is one worker's, the same for all of them.
+
+    workers  on this machine
+    """
 
     command: Sequence[str]
     workers: int
@@ -59,51 +65,85 @@ def launch(
 
     environ  the environment of the workers, and where settings are looked up after `chosen`
     say      gets each event (a death, a signal) as one line
-    A hub is started unless the settings name one. Raises ConfigError, HubUnreachable.
+    A hub is started unless the settings name one, and a node hub if they ask for it. With the
+    setting `nodes` this is one node of several, which are all given the same hub.
+    Raises ConfigError, HubUnreachable.
     """
     shared = {name: value for name, value in environ.items() if name != variable("rank")}
-    settings = Settings.load(environ=shared, **{**chosen, "rank": None, "world_size": plan.workers})
+    settings = _settings(plan, shared, chosen)
     with ExitStack() as stack:
         hub: Hub | None = None
         address = settings.hub
-        if address is None:
-            from zps.hub.process import HubProcess  # here, so that a plan is checked before it
-
-            process = HubProcess.start(settings)
+        if address is None or settings.node_hub:
+            process = _start_hub(settings)
             stack.callback(process.stop, timeout_s=_HUB_STOP_S)
             hub, address = process, process.address
+        first = plan.workers * (settings.node_rank or 0)
         workers = [
             Spec(
-                rank=rank,
+                rank=first + place,
                 command=plan.command,
-                environ=worker_environment(shared, settings, address, rank, plan.workers),
-                inherit=plan.inherit_first and rank == 0,
+                environ=worker_environment(shared, settings, address, place, plan.workers),
+                inherit=plan.inherit_first and first + place == 0,
             )
-            for rank in range(plan.workers)
+            for place in range(plan.workers)
         ]
         job = Job(workers, hub, settings.on_death, plan.grace_s, plan.colour)
         return Supervisor(job, say).run()
 
 
 def worker_environment(
-    base: Mapping[str, str], settings: Settings, address: str, rank: int, workers: int
+    base: Mapping[str, str], settings: Settings, address: str, place: int, workers: int
 ) -> dict[str, str]:
     """The environment of one worker: `base`, the settings, its place in the job.
 
+    place    its number on this machine, which has `workers`; others come before it, on nodes with
+             a lower `node_rank`
     RANK and its kin are what other programs look for. Cores are shared out through OMP_NUM_THREADS
     unless somebody has set it: n workers with a thread per core each would fight over them.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    rank = workers * (settings.node_rank or 0) + place
+    world_size = workers * (settings.nodes or 1)
+    # A worker of a node hub only needs its address.
+    own = settings.replace(node_hub=False) if settings.node_hub else settings
     return {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
         **base,
-        **settings.to_env(),
+        **own.to_env(),
         variable("hub"): address,
         variable("rank"): str(rank),
-        variable("world_size"): str(workers),
+        variable("world_size"): str(world_size),
         "RANK": str(rank),
-        "WORLD_SIZE": str(workers),
-        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(place),
         "LOCAL_WORLD_SIZE": str(workers),
     }
+
+
+def _settings(plan: Plan, environ: Mapping[str, str], chosen: Mapping[str, Any]) -> Settings:
+    """The job's settings, with the number of workers on all nodes."""
+    values = {**chosen, "rank": None}
+    anyone = {name: value for name, value in environ.items() if name != variable("world_size")}
+    asked = Settings.load(environ=anyone, **values)
+    nodes = asked.nodes or 1
+    if nodes > 1 and (asked.hub is None or asked.node_rank is None):
+        raise ConfigError(
+            f"nodes={nodes} needs a hub that all of them can reach, and this one's number: start "
+            "`zps hub --bind tcp://HOST:PORT`, and give its address as hub, and node_rank"
+        )
+    if asked.node_hub and asked.nodes is None:
+        raise ConfigError("node_hub needs nodes and node_rank: --nodes 2 --node-rank 0")
+    return Settings.load(environ=environ, **{**values, "world_size": plan.workers * nodes})
+
+
+def _start_hub(settings: Settings) -> HubProcess:
+    # Here, so that a plan is checked before it is loaded.
+    if settings.node_hub:
+        from zps.relay import process
+
+        return process.start(settings)
+    from zps.hub.process import HubProcess
+
+    return HubProcess.start(settings)
