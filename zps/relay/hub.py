@@ -56,6 +56,7 @@ class NodeHub(Hub):
         super()._begin()
         self._forward: Forward | None = None
         self._no_entry: m.Refuse | None = None  # what upstream said to this node's declaration
+        self._publishing = False  # all have asked, and upstream has not answered
         self._died = False  # the last worker to leave did so by dying
 
     def _adopt(self, upstream: Upstream) -> None:
@@ -95,6 +96,8 @@ class NodeHub(Hub):
 
     def _on_bye(self, peer: Peer, bye: m.Bye) -> None:
         self._died = False
+        if len(self._roster) == 1 and not bye.failed:
+            self._leave(failed=False)  # first, so that who is answered may begin another job
         super()._on_bye(peer, bye)
 
     # --- upstream -----------------------------------------------------------------------------
@@ -195,6 +198,7 @@ class NodeHub(Hub):
 
     def _on_collective(self, what: str, asked: Mapping[int, int]) -> None:
         upstream, forward = self._up, self._forward
+        self._publishing |= what == "publish"
         if forward is None:
             upstream.ask(m.Barrier, then=lambda *_: self._answer_all(asked))
         elif what == "barrier":
@@ -213,6 +217,7 @@ class NodeHub(Hub):
             )
 
     def _on_published(self, asked: Mapping[int, int]) -> None:
+        self._publishing = False
         self._form()
         self._answer_all(asked)
 
@@ -246,6 +251,9 @@ class NodeHub(Hub):
                 self._reply(peer, m.Ok(seq=message.seq), m.pack(facts))
 
         self._up.ask(m.Stats, then=then)
+
+    def _missing(self) -> list[int]:
+        return [] if self._publishing else super()._missing()
 
     def _merged(self, theirs: dict[str, Any]) -> dict[str, Any]:
         """This hub's account, completed by what is known of the other nodes."""

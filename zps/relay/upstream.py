@@ -23,6 +23,7 @@ Then = Callable[[m.Message, list[Frame]], None]
 OnRefusal = Callable[[m.Refuse], None]
 
 _NO_FIELDS: Mapping[str, object] = {}
+_GOODBYE_S = 1.0
 _TURN_MESSAGES = 256  # what the hub sends does not keep this node's workers from theirs
 
 
@@ -112,9 +113,12 @@ class Upstream(Session):
         self.flush()
 
     def leave(self, *, failed: bool) -> None:
-        """Say goodbye, as well as it can be said now, and close."""
+        """Say goodbye, and close once it was heard, or a second later: there is no job any more."""
+        self.on_payload = lambda *_: None  # what it would be written into is about to go
+        self._queue.clear()
         with contextlib.suppress(ZpsError), self.sequenced() as seq:
             self.send(m.Bye(**self.header(seq), failed=failed))
+            self._answer_to(seq, _GOODBYE_S)
         self._queue.clear()
         self.close()
 
