@@ -156,7 +156,7 @@ class Hub:
             self._job.control.say_last(self._stopping)
         for peer in self._roster:
             self._deliver(peer, [m.encode(m.Closing(text=self._stopping))])
-        if any(not peer.declared for peer in self._roster):
+        if any(peer.slots is None for peer in self._roster):
             # They cannot read last words, and a DEALER with IMMEDIATE forgets what it has not read
             # once its connection ends.
             time.sleep(_PARTING_S)
