@@ -11,7 +11,7 @@ from zps import native
 from zps.core.layout import Layout, Param
 from zps.core.rounds import Mode
 from zps.core.staleness import StalenessPolicy
-from zps.hub.engine import Engine, Policy
+from zps.hub.engine import Engine, HandOver, Policy
 from zps.hub.store import ForeignFactory, Pushed, Store, make_hypers
 from zps.memory.cast import from_float32, to_float32
 from zps.memory.control import Control, Outcome, outcomes_of
@@ -35,6 +35,7 @@ class Bench:
         max_grad_norm: float | None = None,
         members: Sequence[int] = range(WORLD),
         keeps_base: bool = False,
+        hand_over: HandOver | None = None,
         **policy: Any,
     ):
         self.layout = Layout.build(
@@ -72,6 +73,7 @@ class Bench:
                     "staleness_policy": StalenessPolicy(policy["staleness_policy"]),
                 }
             ),
+            hand_over,
         )
         self._base_offset = self.layout.arena_bytes if keeps_base else 0
         self.slots = [np.zeros(2 * self.layout.arena_bytes, np.uint8) for _ in range(WORLD)]

@@ -233,6 +233,18 @@ def test_buckets_too_large_to_go_with_their_push_are_fetched(tmp_path):
         assert at_once(*(partial(rounds, w) for w in workers)) == [30.0] * 4
 
 
+def test_more_buckets_than_a_socket_takes_at_once(tmp_path):
+    size = 600_000
+
+    def rounds(worker: Worker) -> list[float]:
+        worker.declare({"x": torch.arange(size, dtype=torch.float32) + worker.rank}, "add")
+        worker.push({"x": torch.ones(size)}).wait()
+        return (worker.weights("x") - torch.arange(size)).unique().tolist()
+
+    with nodes(tmp_path) as cluster, cluster.workers() as workers:
+        assert at_once(*(partial(rounds, w) for w in workers)) == [[4.0]] * 4
+
+
 @pytest.mark.parametrize(("rule", "expected"), [("sum", 25.0), ("mean", 2.5), ("assign", 1.0)])
 def test_rules_without_an_optimizer(cluster, rule, expected):
     def exchange(worker: Worker) -> list[float]:

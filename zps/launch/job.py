@@ -92,6 +92,11 @@ def _node_hub(settings: Settings) -> tuple[Settings, HubProcess | None]:
             "node_hub needs ZPS_HUB, the address of the hub of all nodes, and somebody who starts "
             "this node's workers: use `zps launch --nodes` or torchrun"
         )
+    if job.world_size % job.local_world_size:
+        raise ConfigError(
+            f"node_hub needs as many workers on every node; {job.local_world_size} of "
+            f"{job.world_size} are here"
+        )
     settings = settings.replace(
         rank=job.rank, world_size=job.world_size, nodes=job.nodes, node_rank=job.node_rank
     )

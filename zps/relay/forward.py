@@ -80,7 +80,7 @@ class Forward:
         assert self._link is not None, "a push before the job has formed"
         self._store.reduce(updates)
         together: defaultdict[tuple[int, _Pushes], list[Update]] = defaultdict(list)
-        for update in updates:
+        for update in sorted(updates, key=lambda update: update.bucket):
             pushes = tuple((c.rank, c.seq) for c in update.contributions)
             together[update.round, pushes].append(update)
         for alike in together.values():
