@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -344,3 +345,25 @@ def test_a_setting_without_effect_is_refused(name: str) -> None:
 def test_compensation_for_delays_needs_copies() -> None:
     with pytest.raises(ConfigError, match="needs pull='copy'"):
         load(mode="async", staleness_policy="dc", pull="alias")
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"nodes": 2, "node_rank": 2}, "node_rank=2 must be below nodes=2"),
+        ({"nodes": 2, "world_size": 5}, "world_size=5 must be a multiple of nodes=2"),
+        ({"node_hub": True, "mode": "ssp"}, "node_hub needs mode='bsp' and quorum=1"),
+        ({"node_hub": True, "quorum": 0.5}, "quorum=0.5"),
+        ({"node_hub": True, "on_death": "wait"}, "not 'wait'"),
+    ],
+)
+def test_nodes_that_do_not_fit_are_refused(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        load(**settings)
+
+
+def test_a_node_hub_knows_the_ranks_of_its_node() -> None:
+    place = {"nodes": 3, "node_rank": 1, "world_size": 12}
+    assert load(node_hub=True, **place).ranks_here == range(4, 8)
+    assert load(**place).ranks_here is None
+    assert load(node_hub=True).ranks_here is None

@@ -24,6 +24,7 @@ LEVELS = (
     ("launch",),
     ("monitor",),
     ("training",),
+    ("relay",),
     ("worker", "hub"),
     ("optim",),
     ("wire",),
@@ -128,6 +129,7 @@ def test_only_native_touches_the_compiled_modules(path: str) -> None:
         ("zps/core/rounds.py", "from zps import Optimizer"),
         ("zps/hub/hub.py", "from zps.worker.link import Link"),
         ("zps/worker/worker.py", "from zps.hub.store import Store"),
+        ("zps/hub/hub.py", "from zps.relay.upstream import Upstream"),
         ("zps/hub/store.py", "importlib.import_module('zps.training.torch_rules')"),
         ("zps/errors.py", "from zps.config import Settings"),
         ("zps/launch/local.py", "from zps.cli import main"),
@@ -163,7 +165,12 @@ def test_the_package_loads_nothing_of_its_own_at_import() -> None:
 
 
 def test_a_hub_never_imports_torch() -> None:
-    hub = [module_of(path).removesuffix(".__init__") for path in FILES if "/hub/" in path]
+    rooms = ("/hub/", "/relay/")
+    hub = [
+        module_of(path).removesuffix(".__init__")
+        for path in FILES
+        if any(room in path for room in rooms)
+    ]
     loaded = _modules_after(f"import {', '.join(hub)}")
     assert "zps.hub" in loaded
     assert "torch" not in loaded

@@ -61,6 +61,13 @@ def launch(
     args: Annotated[list[str] | None, typer.Argument(help="Its arguments, untouched.")] = None,
     workers: Annotated[int, typer.Option("-n", "--workers", help="Number of workers.")] = 1,
     hubs: Annotated[int, typer.Option(help="Number of hubs, which share the model.")] = 1,
+    nodes: Annotated[
+        int | None, typer.Option(help="Machines, each with -n workers; --set hub= is for all.")
+    ] = None,
+    node_rank: Annotated[int | None, typer.Option(help="This machine's number, from 0.")] = None,
+    node_hub: Annotated[
+        bool, typer.Option("--node-hub", help="This machine's workers share a hub of their own.")
+    ] = False,
     module: Annotated[bool, typer.Option("-m", "--module", help="SCRIPT is a module.")] = False,
     mode: Mode = None,
     staleness: Staleness = None,
@@ -74,6 +81,9 @@ def launch(
     set_: Set = None,
 ) -> None:
     """Start hubs and N workers on this machine, and end with the first failing worker's code.
+
+    On several machines, give each --nodes, its --node-rank and the same hub, and --node-hub to let
+    the gradients of its workers travel as one.
 
     Every line of output gets its rank in front. On a terminal rank 0 has the terminal to itself,
     so that its progress bars work.
@@ -97,6 +107,9 @@ def launch(
         quorum=quorum,
         on_death=on_death,
         min_workers=min_workers,
+        nodes=nodes,
+        node_rank=node_rank,
+        node_hub=node_hub or None,
     )
     try:
         code = run(plan, os.environ, _say("zps launch"), **chosen)
@@ -118,8 +131,12 @@ def hub(
     on_death: OnDeath = None,
     set_: Set = None,
 ) -> None:
-    """Serve one hub in the foreground, until Ctrl-C or SIGTERM."""
+    """Serve one hub in the foreground, until Ctrl-C or SIGTERM.
+
+    For node hubs its world size is the number of nodes.
+    """
     from zps.hub.process import configure_logging, run
+    from zps.relay.process import run as run_node_hub
 
     settings = Settings.load(
         **_chosen(
@@ -138,7 +155,8 @@ def hub(
         if event == "ready":
             say(f"serving at {facts['address']}; start workers with {variable('hub')} set to it")
 
-    run(settings, bind=bind, parent_pid=None, on_event=tell)
+    serve = run_node_hub if settings.node_hub else run
+    serve(settings, bind=bind, parent_pid=None, on_event=tell)
 
 
 @app.command()

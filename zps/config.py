@@ -91,6 +91,13 @@ class Settings(BaseSettings):
     hub: str | None = Field(None, description="hub addresses, comma-separated; none: start one")
     rank: int | None = Field(None, ge=0, description="this worker's number, from 0")
     world_size: int | None = Field(None, ge=1, description="number of workers in the job")
+    nodes: int | None = Field(
+        None, ge=1, description="machines with world_size / nodes workers each"
+    )
+    node_rank: int | None = Field(None, ge=0, description="this machine's number, from 0")
+    node_hub: bool = Field(
+        False, description="workers of this machine share a hub, which is one worker of `hub`"
+    )
     job: str = Field("default", min_length=1, max_length=128, description="name of the job")
 
     # How rounds close
@@ -247,6 +254,17 @@ class Settings(BaseSettings):
         return tuple(_items(self.hub))
 
     @property
+    def ranks_here(self) -> range | None:
+        """The ranks of a node hub's own workers; None for a hub of all of them."""
+        if not self.node_hub or None in (self.world_size, self.nodes, self.node_rank):
+            return None
+        assert self.world_size is not None
+        assert self.nodes is not None
+        assert self.node_rank is not None
+        count = self.world_size // self.nodes
+        return range(self.node_rank * count, (self.node_rank + 1) * count)
+
+    @property
     def optimizer_classes(self) -> tuple[str, ...]:
         """The import paths in `optimizers`, in order."""
         return tuple(_items(self.optimizers))
@@ -320,7 +338,30 @@ class Settings(BaseSettings):
             )
         if self.quorum < 1 and self.mode != "bsp":
             raise ValueError(f"quorum={self.quorum} needs mode='bsp', not {self.mode!r}")
+        self._check_nodes()
         return self
+
+    def _check_nodes(self) -> None:
+        nodes, world = self.nodes or 1, self.world_size
+        if self.node_rank is not None and self.node_rank >= nodes:
+            raise ValueError(f"node_rank={self.node_rank} must be below nodes={self.nodes}")
+        if world is not None and world % nodes:
+            raise ValueError(
+                f"world_size={world} must be a multiple of nodes={nodes}: every node has as many "
+                "workers"
+            )
+        if not self.node_hub:
+            return
+        if self.mode != "bsp" or self.quorum < 1:
+            raise ValueError(
+                f"node_hub needs mode='bsp' and quorum=1, not mode={self.mode!r} and "
+                f"quorum={self.quorum}: it adds up the gradients of a whole round"
+            )
+        if self.on_death == "wait":
+            raise ValueError(
+                "node_hub needs on_death='shrink' or 'abort', not 'wait': behind a node hub nobody "
+                "can take the place of a worker that has died"
+            )
 
 
 class _Environment(PydanticBaseSettingsSource):

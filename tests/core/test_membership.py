@@ -173,3 +173,21 @@ def test_an_impossible_setting_is_refused(wrong: dict[str, object]) -> None:
     settings: dict[str, object] = {"world_size": 2, **wrong}
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Membership(**settings)  # type: ignore[arg-type]
+
+
+def test_a_hub_of_some_ranks_is_formed_once_they_have_declared() -> None:
+    membership = Membership(6, ranks=range(2, 4))
+    assert membership.missing() == (2, 3)
+    for rank in (2, 3):
+        membership.hello(rank, "a")
+        membership.declared(rank)
+    assert membership.formed
+    assert membership.missing() == ()
+
+
+@pytest.mark.parametrize(("rank", "text"), [(1, "rank 1 is not 2 to 3"), (6, "is not 0 to 5")])
+def test_ranks_of_other_hubs_are_refused(rank: int, text: str) -> None:
+    answer = Membership(6, ranks=range(2, 4)).hello(rank, "a")
+    assert isinstance(answer, Refused)
+    assert answer.code == "rank_out_of_range"
+    assert text in answer.text

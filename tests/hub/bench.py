@@ -11,7 +11,7 @@ from zps import native
 from zps.core.layout import Layout, Param
 from zps.core.rounds import Mode
 from zps.core.staleness import StalenessPolicy
-from zps.hub.engine import Engine, Policy
+from zps.hub.engine import Engine, HandOver, Policy
 from zps.hub.store import ForeignFactory, Pushed, Store, make_hypers
 from zps.memory.cast import from_float32, to_float32
 from zps.memory.control import Control, Outcome, outcomes_of
@@ -36,6 +36,7 @@ class Bench:
         members: Sequence[int] = range(WORLD),
         keeps_base: bool = False,
         one_of_several: bool = False,
+        hand_over: HandOver | None = None,
         **policy: Any,
     ):
         self.layout = Layout.build(
@@ -74,6 +75,7 @@ class Bench:
                 }
             ),
             one_of_several=one_of_several,
+            hand_over=hand_over,
         )
         self._base_offset = self.layout.arena_bytes if keeps_base else 0
         self.slots = [np.zeros(2 * self.layout.arena_bytes, np.uint8) for _ in range(WORLD)]

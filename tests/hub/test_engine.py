@@ -7,6 +7,7 @@ import pytest
 
 from tests.hub.bench import SIZES, Bench
 from zps.errors import ProtocolError
+from zps.hub.store import Update
 from zps.memory.control import Outcome
 
 APPLIED, STALE, SKIPPED = Outcome.APPLIED, Outcome.STALE, Outcome.SKIPPED
@@ -102,6 +103,24 @@ def test_a_push_that_runs_away_leaves_nothing():
     for rank in range(3):
         bench.push(rank)
     assert bench.values() == same(3.0)
+
+
+def test_updates_that_are_handed_over_end_when_they_are_finished():
+    handed: list[Update] = []
+    bench = Bench("add", hand_over=handed.extend, max_grad_norm=1.0)
+    pushes = [bench.push(rank, hold=True) for rank in range(3)]
+    handed.sort(key=lambda update: update.bucket)
+    assert [update.bucket for update in handed] == [0, 1, 2, 3]  # judged by whoever got them
+    assert [len(update.contributions) for update in handed] == [3] * 4
+    assert bench.values() == same(0.0)
+    bench.engine.flush()
+    assert [bench.outcomes(push) for push in pushes] == [[None] * 4] * 3
+    assert bench.engine.slot_busy(1, 2)
+    bench.engine.finish([handed[2]], SKIPPED)
+    bench.engine.flush()
+    assert [bench.outcomes(push) for push in pushes] == [[None, None, SKIPPED, None]] * 3
+    assert not bench.engine.slot_busy(1, 2)
+    assert bench.control.closed.tolist() == [0, 0, 1, 0]
 
 
 # --- leaving ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -148,3 +149,34 @@ def test_hubs_have_ended_as_soon_as_one_has(
 def test_hubs_have_formed_when_all_have() -> None:
     assert Hubs([FakeHub(1), FakeHub(2)]).formed()
     assert not Hubs([FakeHub(1), FakeHub(2, formed=False)]).formed()
+
+
+def test_a_worker_of_one_node_of_several_is_told_both_places() -> None:
+    settings = Settings(nodes=3, node_rank=1, world_size=12, node_hub=True, hub="tcp://10.0.0.1:7")
+    environ = worker_environment({"ZPS_NODE_HUB": "1"}, settings, ADDRESS, 2, 4)
+    expected = {
+        "ZPS_HUB": ADDRESS,
+        "ZPS_RANK": "6",
+        "ZPS_WORLD_SIZE": "12",
+        "RANK": "6",
+        "WORLD_SIZE": "12",
+        "LOCAL_RANK": "2",
+        "LOCAL_WORLD_SIZE": "4",
+    }
+    assert expected.items() <= environ.items()
+    assert not Settings.load(environ=environ).node_hub
+
+
+@pytest.mark.parametrize(
+    ("chosen", "text"),
+    [
+        ({"nodes": 2, "node_rank": 0}, "nodes=2 needs a hub that all of them can reach"),
+        ({"nodes": 2, "hub": "tcp://h:1"}, "and this one's number"),
+        ({"node_hub": True, "hub": "tcp://h:1"}, "node_hub needs nodes and node_rank"),
+    ],
+)
+def test_a_node_that_does_not_know_its_place_is_not_started(
+    chosen: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        launch(Plan(["true"], 2), {"ZPS_CONFIG": os.devnull}, print, **chosen)

@@ -70,3 +70,13 @@ def test_the_token_is_one_per_job_and_the_same_for_all_its_workers() -> None:
 def test_a_broken_variable_is_named(changes: dict[str, str], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         detect({**WORKER_1, **changes})
+
+
+def test_every_node_of_a_job_has_a_number_and_a_token_of_its_own() -> None:
+    jobs = [detect({**WORKER_1, "RANK": rank, "LOCAL_RANK": "0"}) for rank in "0123"]
+    assert all(job is not None for job in jobs)
+    assert [(job.nodes, job.node_rank) for job in jobs if job] == [(2, 0), (2, 0), (2, 1), (2, 1)]
+    tokens = [job.hub_token(job.node_rank) for job in jobs if job]
+    assert tokens[0] == tokens[1] != tokens[2] == tokens[3]
+    assert jobs[0] is not None
+    assert jobs[0].hub_token() not in tokens

@@ -67,6 +67,7 @@ class Membership:
     """The workers of one job at one hub.
 
     world_size   ranks are 0 to world_size - 1
+    ranks        those that are to come to this hub; None: all of them
     min_workers  shrink: abort when a death leaves fewer live workers than this
     """
 
@@ -75,11 +76,15 @@ class Membership:
         world_size: int,
         min_workers: int = 1,
         on_death: Literal["shrink", "wait", "abort"] = "shrink",
+        ranks: range | None = None,
     ) -> None:
         if world_size < 1:
             raise ConfigError(f"world_size is {world_size}, not 1 or more")
-        if not 0 <= min_workers <= world_size:
-            raise ConfigError(f"min_workers is {min_workers}, not 0 to world_size={world_size}")
+        self.ranks = range(world_size) if ranks is None else ranks
+        if not 0 <= min_workers <= len(self.ranks):
+            raise ConfigError(
+                f"min_workers is {min_workers}, not 0 to world_size={len(self.ranks)}"
+            )
         if on_death not in ("shrink", "wait", "abort"):
             raise ConfigError(f"on_death is {on_death!r}, not shrink, wait or abort")
         self.world_size = world_size
@@ -106,7 +111,7 @@ class Membership:
     @property
     def formed(self) -> bool:
         """Every rank has declared its model; true ever after."""
-        return len(self._declared) == self.world_size
+        return len(self._declared) == len(self.ranks)
 
     @property
     def verdict(self) -> Verdict:
@@ -131,12 +136,8 @@ class Membership:
 
         incarnation  made up by each worker process, different for each
         """
-        if not 0 <= rank < self.world_size:
-            return Refused(
-                "rank_out_of_range",
-                f"rank {rank} is not 0 to {self.world_size - 1}: the job has "
-                f"{self.world_size} workers. ZPS_WORLD_SIZE must agree everywhere.",
-            )
+        if rank not in self.ranks:
+            return Refused("rank_out_of_range", self._explain_range(rank))
         known = self._incarnations.get(rank)
         if rank in self._sessions:
             if incarnation != known:
@@ -163,7 +164,7 @@ class Membership:
 
     def missing(self) -> tuple[int, ...]:
         """Ranks that have yet to declare, ascending; () once the job is formed."""
-        return tuple(r for r in range(self.world_size) if r not in self._declared)
+        return tuple(r for r in self.ranks if r not in self._declared)
 
     def session_of(self, rank: int) -> int | None:
         """The session of a live rank; None for any other number."""
@@ -186,10 +187,21 @@ class Membership:
             self._abort = self._abort or f"rank {rank} died, and on_death is abort"
         elif self._on_death == "shrink" and self.formed and left < self._min_workers:
             self._abort = self._abort or (
-                f"rank {rank} died: {left} of {self.world_size} workers left, "
+                f"rank {rank} died: {left} of {len(self.ranks)} workers left, "
                 f"fewer than min_workers={self._min_workers}"
             )
         return self.verdict
+
+    def _explain_range(self, rank: int) -> str:
+        if 0 <= rank < self.world_size:
+            return (
+                f"rank {rank} is not {self.ranks[0]} to {self.ranks[-1]}, the ranks of this node's "
+                "hub. ZPS_NODE_RANK must be another on every node."
+            )
+        return (
+            f"rank {rank} is not 0 to {self.world_size - 1}: the job has "
+            f"{self.world_size} workers. ZPS_WORLD_SIZE must agree everywhere."
+        )
 
     def _refuse_ended(self, rank: int) -> Refused:
         if rank in self._dead:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +19,9 @@ from zps.core.staleness import StalenessPolicy, lr_factor
 from zps.hub.docket import SKIP, Docket, Due, Findings, Question
 from zps.hub.store import Pushed, Store, Update
 from zps.memory.control import Control, Outcome, done_word
+
+HandOver = Callable[[list[Update]], None]
+"""Takes updates, no two of one bucket, whose gradients lie in their slots until `finish`."""
 
 _OUTCOMES = {"late": Outcome.LATE, "stale": Outcome.STALE, "duplicate": Outcome.DUPLICATE}
 
@@ -46,19 +49,28 @@ class Policy:
 
 
 class Engine:
-    """Rounds, the store, and the pushes between the two.
-
-    one_of_several  other hubs have the rest of the model: no round on hold is judged here alone
-    """
+    """Rounds, the store, and the pushes between the two."""
 
     def __init__(
-        self, store: Store, control: Control, policy: Policy, *, one_of_several: bool = False
+        self,
+        store: Store,
+        control: Control,
+        policy: Policy,
+        *,
+        one_of_several: bool = False,
+        hand_over: HandOver | None = None,
     ):
+        """
+        one_of_several  other hubs have the rest of the model: no round on hold is judged here alone
+        hand_over       carries updates out elsewhere, where whole rounds are judged too; whoever
+                        gets them calls `finish`, now or later. None: the store does, at once
+        """
         self.store = store
         self.counters: Counter[str] = Counter()
         self._control = control
         self._done_address = control.done_address(0)
         self._policy = policy
+        self._hand_over = hand_over
         self.rounds = policy.rounds(len(store.layout.buckets))
         self._waiting: dict[tuple[int, int, int], Pushed] = {}  # by (rank, round, bucket)
         self._busy: set[tuple[int, int]] = set()  # (session, bucket) whose slot is not consumed
@@ -159,9 +171,10 @@ class Engine:
         """Apply what is ready and wake the workers it concerns."""
         while self._ready:
             updates, self._ready = _one_a_bucket(self._ready)
-            self.store.apply(updates)
-            self._finish(updates, Outcome.APPLIED)
-            self.counters["updates"] += len(updates)
+            if self._hand_over is not None:
+                self._hand_over(updates)
+            else:
+                self._apply(updates)
         if self._posts:
             index, words = zip(*self._posts, strict=True)
             self._posts.clear()
@@ -171,6 +184,14 @@ class Engine:
                 np.array(index, np.uint32),
                 np.array(words, np.uint64),
             )
+
+    def finish(self, updates: Iterable[Update], outcome: Outcome) -> None:
+        """Updates are done: their rounds close, and the next flush tells whoever pushed them."""
+        for update in updates:
+            # Ordered before the words by the release in native.post.
+            self._control.closed[update.bucket] = update.round + 1
+            for pushed in update.contributions:
+                self._post(pushed, update.bucket, outcome)
 
     # --- parts --------------------------------------------------------------------------------
 
@@ -205,7 +226,7 @@ class Engine:
 
     def _decide(self, update: Update) -> None:
         """Straight to the kernels, unless the verdict on the whole round comes first."""
-        if not self._goes_as_a_whole(update.contributions):
+        if self._hand_over is not None or not self._goes_as_a_whole(update.contributions):
             self._ready.append(update)
         elif self._policy.mode is Mode.BSP:
             self._hold((update.round,), update)
@@ -268,22 +289,18 @@ class Engine:
             limit = updates[0].contributions[0].hypers.max_grad_norm
             # torch.nn.utils.clip_grad_norm_ has the same 1e-6, and never scales up.
             coef = 1.0 if limit is None else min(1.0, limit / (math.sqrt(norm_sq) + 1e-6))
-            self.store.apply(updates, coef)
-            self.counters["updates"] += len(updates)
-            self._finish(updates, Outcome.APPLIED)
+            self._apply(updates, coef)
 
     def _skip(self, updates: list[Update]) -> None:
         self.counters["rounds_skipped"] += 1
         for update in updates:
             self.store.touch(update.bucket)
-        self._finish(updates, Outcome.SKIPPED)
+        self.finish(updates, Outcome.SKIPPED)
 
-    def _finish(self, updates: list[Update], outcome: Outcome) -> None:
-        for update in updates:
-            # Ordered before the words by the release in native.post.
-            self._control.closed[update.bucket] = update.round + 1
-            for pushed in update.contributions:
-                self._post(pushed, update.bucket, outcome)
+    def _apply(self, updates: list[Update], coef: float = 1.0) -> None:
+        self.store.apply(updates, coef)
+        self.counters["updates"] += len(updates)
+        self.finish(updates, Outcome.APPLIED)
 
     def _post(self, pushed: Pushed, bucket: int, outcome: Outcome) -> None:
         self._busy.discard((pushed.session, bucket))

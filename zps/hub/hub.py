@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,14 +24,18 @@ from zps.core.rounds import MAX_AHEAD
 from zps.errors import OutOfMemory, ProtocolError, ZpsError
 from zps.hub.courier import Courier
 from zps.hub.docket import Findings
+from zps.hub.engine import Engine, Policy
 from zps.hub.job import Declaration, Job, Peer, Refused, ResolveRule
 from zps.hub.roster import Roster
-from zps.hub.store import Pushed
+from zps.hub.store import Pushed, Store
+from zps.memory.control import Control
 from zps.memory.segment import Segment, private_bytes
 from zps.wire import messages as m
 from zps.wire.sockets import Frame, Router, readable
 
 log = logging.getLogger("zps.hub")
+
+Watched = int | zmq.Socket[bytes]
 
 N = TypeVar("N", bound=np.integer[Any])
 
@@ -62,7 +66,7 @@ class Hub:
         self._poller = zmq.Poller()
         self._poller.register(router.socket, zmq.POLLIN)
         self._poller.register(router.monitor, zmq.POLLIN)
-        self._watches: dict[int, Callable[[], None]] = {}
+        self._watches: dict[Watched, Callable[[], None]] = {}
         self._stopping = ""
         self._last_beat = 0.0
         self._asked: int | None = None  # the request being handled
@@ -94,10 +98,15 @@ class Hub:
         """End the loop; workers are told why. The first reason counts."""
         self._stopping = self._stopping or why  # no more: it may be called by a signal
 
-    def watch(self, fd: int, on_readable: Callable[[], None]) -> None:
-        """Call back from the loop when `fd` becomes readable: a pidfd, a signal pipe."""
+    def watch(self, fd: Watched, on_readable: Callable[[], None], events: int = zmq.POLLIN) -> None:
+        """Call back from the loop when `fd` becomes readable: a pidfd, a signal pipe, a socket."""
         self._watches[fd] = on_readable
-        self._poller.register(fd, zmq.POLLIN)
+        self._poller.register(fd, events)
+
+    def unwatch(self, fd: Watched) -> None:
+        """Undo `watch`."""
+        self._poller.unregister(fd)
+        del self._watches[fd]
 
     def _begin(self) -> None:
         """A new life: nothing from before has a meaning any more."""
@@ -151,7 +160,7 @@ class Hub:
             self._job.control.say_last(self._stopping)
         for peer in self._roster:
             self._deliver(peer, [m.encode(m.Closing(text=self._stopping))])
-        if any(not peer.declared for peer in self._roster):
+        if any(peer.slots is None for peer in self._roster):
             # They cannot read last words, and a DEALER with IMMEDIATE forgets what it has not read
             # once its connection ends.
             time.sleep(_PARTING_S)
@@ -229,11 +238,9 @@ class Hub:
         elif isinstance(message, m.Write):
             self._on_write(peer, message, payload)
         elif isinstance(message, m.SetSteps):
-            job = self._declared(peer)
-            job.store.set_steps(_array(_only(payload), np.int64))
-            self._reply(peer, m.Ok(seq=message.seq))
+            self._on_set_steps(peer, message, payload)
         elif isinstance(message, m.Stats):
-            self._reply(peer, m.Ok(seq=message.seq), m.pack(self.stats()))
+            self._on_stats(peer, message)
         elif isinstance(message, m.Bye):
             self._on_bye(peer, message)
 
@@ -267,12 +274,12 @@ class Hub:
         )
         if declared.layout.hash != message.layout_hash:
             raise ProtocolError("the layout does not match its hash")
-        if self._job is None and peer.rank != 0:
+        if self._job is None and peer.rank != self._roster.ranks[0]:
             self._stop_awaiting(peer)
             self._awaiting_rank0.append((peer, message, payload))  # rank 0's model is the model
             return
         if self._job is None:
-            self._job = self._open_job(declared)
+            self._job = self._open_job(declared, f"rank {peer.rank}")
             self._courier = Courier(
                 self._job,
                 self._roster,
@@ -299,26 +306,41 @@ class Hub:
             self._asked = declare.seq
             self._guarded(other.route, partial(self._on_declare, other, declare, frames))
 
-    def _open_job(self, declared: Declaration) -> Job:
+    def _open_job(self, declared: Declaration, who: str) -> Job:
         try:
             job = Job.open(
                 declared,
                 self.settings,
                 epoch=self._roster.epoch,
                 world_size=self._roster.world_size,
-                pool=self._pool,
-                resolve=self._resolve_rule,
+                who=who,
+                make_engine=self._make_engine,
             )
         except ZpsError as error:
             # Whoever waits for rank 0's model waits in vain.
             for other, declare, _ in self._awaiting_rank0:
-                text = f"what rank 0 declared cannot be served: {error}"
+                text = f"what {who} declared cannot be served: {error}"
                 refusal = m.Refuse(seq=declare.seq, code="rank_0", text=text[:_MAX_TEXT])
                 self._deliver(other, [m.encode(refusal)])
             self._awaiting_rank0.clear()
             raise
         job.control.beat(time.monotonic_ns())
         return job
+
+    def _make_engine(self, declared: Declaration, control: Control, policy: Policy) -> Engine:
+        rule = self._resolve_rule(declared.rule)
+        store = Store(
+            declared.layout,
+            rule,
+            declared.group_of,
+            declared.hypers,
+            pool=self._pool,
+            control=control,
+            plan=Plan.build(
+                declared.layout, self.settings.push_codecs, self.settings.compression_min_bytes
+            ),
+        )
+        return Engine(store, control, policy, one_of_several=declared.place[1] > 1)
 
     def _equip(self, job: Job, peer: Peer, *, shared: bool) -> None:
         """Slots in memory that both see, or else room for what has to be remembered of it."""
@@ -465,18 +487,25 @@ class Hub:
         for what, asked in self._collective.items():
             if not asked or not set(self._roster.needed()) <= set(asked):
                 continue
-            if what == "publish":
-                assert self._job is not None
-                self._job.store.adopt_published()
-                if self._courier is not None:
-                    self._courier.published()
-                self._form()
             done = dict(asked)
             asked.clear()
-            for rank, seq in done.items():
-                peer = self._roster.of_rank(rank)
-                if peer is not None:
-                    self._reply(peer, m.Ok(seq=seq))
+            self._on_collective(what, done)
+
+    def _on_collective(self, what: str, asked: Mapping[int, int]) -> None:
+        """Everyone has asked: `asked` are their requests by rank."""
+        if what == "publish":
+            assert self._job is not None
+            self._job.store.adopt_published()
+            if self._courier is not None:
+                self._courier.published()
+            self._form()
+        self._answer_all(asked)
+
+    def _answer_all(self, asked: Mapping[int, int]) -> None:
+        for rank, seq in asked.items():
+            peer = self._roster.of_rank(rank)
+            if peer is not None:
+                self._reply(peer, m.Ok(seq=seq))
 
     def _form(self) -> None:
         if not self._roster.formed:
@@ -494,6 +523,8 @@ class Hub:
             data = store.read_master(read.index)
         elif read.what == "extra":
             data = store.read_extra(read.index)
+        elif read.what == "steps":
+            data = store.control.steps.tobytes()
         else:
             data = store.read_foreign(read.index)
         step = self.settings.bucket_bytes  # no frame is larger than what a socket accepts
@@ -512,6 +543,14 @@ class Hub:
         else:
             store.write_foreign(write.index, data)
         self._reply(peer, m.Ok(seq=write.seq))
+
+    def _on_set_steps(self, peer: Peer, message: m.SetSteps, payload: Sequence[Frame]) -> None:
+        job = self._declared(peer)
+        job.store.set_steps(_array(_only(payload), np.int64))
+        self._reply(peer, m.Ok(seq=message.seq))
+
+    def _on_stats(self, peer: Peer, message: m.Stats) -> None:
+        self._reply(peer, m.Ok(seq=message.seq), m.pack(self.stats()))
 
     def stats(self) -> dict[str, Any]:
         """What a person would ask a hub: who is here, how far, what was dropped."""
@@ -537,7 +576,7 @@ class Hub:
     def _missing(self) -> list[int]:
         """The ranks that formation waits for."""
         asked = self._collective["publish"]
-        return [rank for rank in range(self._roster.world_size) if rank not in asked]
+        return [rank for rank in self._roster.ranks if rank not in asked]
 
     # --- leaving ------------------------------------------------------------------------------
 
@@ -572,8 +611,7 @@ class Hub:
 
     def _forget(self, peer: Peer, *, keep_waiting: bool = False) -> None:
         if peer.pidfd >= 0:
-            self._poller.unregister(peer.pidfd)
-            del self._watches[peer.pidfd]
+            self.unwatch(peer.pidfd)
         self._router.forget(peer.route)
         if self._courier is not None:
             self._courier.forget(peer)

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zps import native
-from zps.codec.plan import Plan
 from zps.config import Settings
 from zps.core.layout import Layout
 from zps.core.rounds import Mode
@@ -29,6 +27,7 @@ from zps.wire.sockets import Frame
 log = logging.getLogger("zps.hub")
 
 ResolveRule = Callable[[str], Rule | ForeignFactory]
+MakeEngine = Callable[["Declaration", Control, Policy], Engine]
 
 
 class Refused(Exception):
@@ -114,6 +113,7 @@ class Job:
     declared: Declaration
     engine: Engine
     control: Control
+    who: str  # declared it
 
     @classmethod
     def open(
@@ -123,25 +123,19 @@ class Job:
         *,
         epoch: int,
         world_size: int,
-        pool: native.Pool,
-        resolve: ResolveRule,
+        who: str,
+        make_engine: MakeEngine,
     ) -> Job:
-        """Allocate everything the job needs. Raises OutOfMemory, ConfigError."""
+        """Allocate everything the job needs. Raises OutOfMemory, ConfigError.
+
+        who  declared it, for messages
+        """
         layout = declared.layout
         control = Control.create(
             epoch=epoch,
             world_size=world_size,
             buckets=len(layout.buckets),
             pieces=len(layout.pieces),
-        )
-        store = Store(
-            layout,
-            resolve(declared.rule),
-            declared.group_of,
-            declared.hypers,
-            pool=pool,
-            control=control,
-            plan=Plan.build(layout, settings.push_codecs, settings.compression_min_bytes),
         )
         policy = Policy(
             mode=Mode(settings.mode),
@@ -155,8 +149,7 @@ class Job:
             "%d parameters in %d buckets, rule %s, mode %s",
             *(len(layout.params), len(layout.buckets), declared.rule, settings.mode),
         )
-        engine = Engine(store, control, policy, one_of_several=declared.place[1] > 1)
-        return cls(declared, engine, control)
+        return cls(declared, make_engine(declared, control, policy), control, who)
 
     @property
     def layout(self) -> Layout:
@@ -167,28 +160,30 @@ class Job:
         return self.engine.store
 
     def check_same(self, other: Declaration, who: str) -> None:
-        """Raise Refused naming the first difference from what rank 0 declared."""
+        """Raise Refused naming the first difference from what was declared first."""
         if other.place != self.declared.place:
             (here, among), (first, all_of) = other.place, self.declared.place
             raise Refused(
                 "hubs",
                 f"this hub is number {here + 1} of {among} on {who}, but number {first + 1} of "
-                f"{all_of} on rank 0. Every worker must list the same hubs in the same order.",
+                f"{all_of} on {self.who}. Every worker must list the same hubs in the same order.",
             )
         whole, other_whole = self.declared.whole, other.whole
         if whole is not None and other_whole is not None and whole.hash != other_whole.hash:
-            raise Refused("layout", other_whole.explain_mismatch(whole, who, "rank 0"))
+            raise Refused("layout", other_whole.explain_mismatch(whole, who, self.who))
         if other.layout.hash != self.layout.hash:
-            raise Refused("layout", other.layout.explain_mismatch(self.layout, who, "rank 0"))
+            raise Refused("layout", other.layout.explain_mismatch(self.layout, who, self.who))
         if other.rule != self.declared.rule:
             raise Refused(
-                "rule", f"the rule is {other.rule!r} on {who}, {self.declared.rule!r} on rank 0"
+                "rule", f"the rule is {other.rule!r} on {who}, {self.declared.rule!r} on {self.who}"
             )
         if other.group_of != self.declared.group_of:
-            raise Refused("groups", f"{who} has its parameters in other groups than rank 0")
+            raise Refused("groups", f"{who} has its parameters in other groups than {self.who}")
         mine, theirs = self.declared.hypers.max_grad_norm, other.hypers.max_grad_norm
         if mine != theirs:
-            raise Refused("settings", f"max_grad_norm is {theirs} on {who} but {mine} on rank 0")
+            raise Refused(
+                "settings", f"max_grad_norm is {theirs} on {who} but {mine} on {self.who}"
+            )
 
     def new_hypers(self, data: bytes) -> Hypers:
         """Changed hyperparameters, with the state they need. Raises ProtocolError, ConfigError."""

@@ -43,10 +43,12 @@ def run(
     token: str | None = None,
     parent_pid: int | None = None,
     on_event: Callable[..., None] = lambda *_, **__: None,
+    make_hub: Callable[..., Hub] = Hub,
 ) -> None:
     """Serve in this process until SIGTERM, Ctrl-C, or the death of `parent_pid`.
 
-    bind   `tcp://127.0.0.1:PORT`; None: an ipc socket in a private directory, named by `token`
+    bind      `tcp://127.0.0.1:PORT`; None: an ipc socket in a private directory, named by `token`
+    make_hub  called as `Hub` is
     Raises ConfigError, HubError, OutOfMemory before anything is served.
     """
     home = None
@@ -59,7 +61,7 @@ def run(
     try:
         router = Router(context, bind, max(2 * settings.bucket_bytes, _MIN_FRAME_BYTES))
         resolver = RuleResolver(settings)
-        hub = Hub(settings, router, resolve_rule=resolver, on_event=on_event)
+        hub = make_hub(settings, router, resolve_rule=resolver, on_event=on_event)
         _stop_on_signals(hub, ignore_interrupt=parent_pid is not None)
         if parent_pid is not None:
             _stop_with_parent(hub, parent_pid)
@@ -112,13 +114,18 @@ class HubProcess:
         bind: str | None = None,
         token: str | None = None,
         stderr: int | IO[bytes] | None = None,
+        module: str = "zps.hub.process",
     ) -> HubProcess:
-        """Start a hub and wait until it serves; raises HubUnreachable with its reason."""
+        """Start a hub and wait until it serves; raises HubUnreachable with its reason.
+
+        module  what to run: its `main` is this module's
+        """
         env = {name: value for name, value in os.environ.items() if not name.startswith("ZPS_")}
-        env |= settings.replace(hub=None, rank=None).to_env()
+        own = {"rank": None} if settings.node_hub else {"rank": None, "hub": None}
+        env |= settings.replace(**own).to_env()
         env[CONFIG_VARIABLE] = os.devnull  # all that counts is in `settings`, whatever lies about
         read_fd, write_fd = os.pipe()
-        command = [sys.executable, "-m", "zps.hub.process", "--status-fd", str(write_fd)]
+        command = [sys.executable, "-m", module, "--status-fd", str(write_fd)]
         command += ["--parent", str(os.getpid())]
         command += ["--bind", bind] if bind else []
         command += ["--token", token] if token else []
@@ -262,7 +269,8 @@ def _stop_with_parent(hub: Hub, parent_pid: int) -> None:
     hub.watch(parent, lambda: hub.stop("its parent has ended"))
 
 
-def _main() -> None:
+def main(serve: Callable[..., None] = run) -> None:
+    """A hub's life in a process of its own; `serve` is called as `run` is."""
     parser = argparse.ArgumentParser(description="Serve one zps hub (started by zps itself).")
     parser.add_argument("--status-fd", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
@@ -279,7 +287,7 @@ def _main() -> None:
     try:
         settings = Settings.load()
         configure_logging(settings, quiet=True)
-        run(settings, bind=args.bind, token=args.token, parent_pid=args.parent, on_event=tell)
+        serve(settings, bind=args.bind, token=args.token, parent_pid=args.parent, on_event=tell)
     except ZpsError as error:
         tell("failed", text=str(error))
         raise SystemExit(f"zps hub: {error}") from None
@@ -292,4 +300,4 @@ def configure_logging(settings: Settings, *, quiet: bool) -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    main()

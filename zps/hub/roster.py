@@ -20,14 +20,16 @@ class Roster:
         self.settings = settings
         self.epoch = secrets.randbits(62)
         self.world_size = world_size or settings.world_size or 1
+        self.ranks = settings.ranks_here or range(self.world_size)
         self.formed = False
         self._world_is_known = bool(world_size or settings.world_size)
         self._by_route: dict[bytes, Peer] = {}
         self._by_rank: dict[int, Peer] = {}
         self.members = Membership(
             self.world_size,
-            min_workers=min(settings.min_workers, self.world_size),
+            min_workers=min(settings.min_workers, len(self.ranks)),
             on_death=settings.on_death,
+            ranks=self.ranks,
         )
 
     def __iter__(self) -> Iterator[Peer]:
@@ -132,11 +134,11 @@ class Roster:
     def needed(self) -> tuple[int, ...]:
         """The ranks that a collective waits for: all of them until the job has formed."""
         if not self.formed:
-            return tuple(range(self.world_size))
+            return tuple(self.ranks)
         return tuple(sorted(peer.rank for peer in self if peer.declared))
 
     def _free_rank(self) -> int:
-        return next((r for r in range(self.world_size) if r not in self._by_rank), self.world_size)
+        return next((r for r in self.ranks if r not in self._by_rank), self.ranks.stop)
 
 
 def _watch(hello: m.Hello) -> int:

@@ -11,6 +11,7 @@ from zps.config import Settings
 from zps.errors import ConfigError
 from zps.hub.process import HubProcess
 from zps.launch import torchrun
+from zps.relay import process as relay
 from zps.training import current
 from zps.wire.address import ensure_private, ipc_address
 from zps.worker.worker import Worker
@@ -41,7 +42,9 @@ def init(
     if current.is_initialized():
         raise ConfigError("zps.init() was called twice; call zps.shutdown() in between")
     found = Settings.load(hub=hub, rank=rank, world_size=world_size, **settings)
-    if not found.hubs:
+    if found.node_hub:
+        found, _hub = _node_hub(found)
+    elif not found.hubs:
         found, _hub = _own_hub(found)
     try:
         current.set_current(Worker(settings=found))
@@ -79,6 +82,29 @@ def _own_hub(settings: Settings) -> tuple[Settings, HubProcess | None]:
     address = ipc_address(settings.runtime_dir, job.hub_token())
     started = HubProcess.start(settings, token=job.hub_token()) if job.rank == 0 else None
     return settings.replace(hub=address), started
+
+
+def _node_hub(settings: Settings) -> tuple[Settings, HubProcess | None]:
+    """The settings with this node's own hub in place of the one of all nodes; it, if it is ours."""
+    job = torchrun.detect(os.environ)
+    if job is None or not settings.hubs:
+        raise ConfigError(
+            "node_hub needs ZPS_HUB, the address of the hub of all nodes, and somebody who starts "
+            "this node's workers: use `zps launch --nodes` or torchrun"
+        )
+    if job.world_size % job.local_world_size:
+        raise ConfigError(
+            f"node_hub needs as many workers on every node; {job.local_world_size} of "
+            f"{job.world_size} are here"
+        )
+    settings = settings.replace(
+        rank=job.rank, world_size=job.world_size, nodes=job.nodes, node_rank=job.node_rank
+    )
+    token = job.hub_token(job.node_rank)
+    ensure_private(settings.runtime_dir)
+    started = relay.start(settings, token=token) if job.local_rank == 0 else None
+    address = ipc_address(settings.runtime_dir, token)
+    return settings.replace(hub=address, node_hub=False), started
 
 
 def _at_exit() -> None:

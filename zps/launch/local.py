@@ -1,4 +1,4 @@
-"""A whole job on this machine: its hubs, n workers, one exit code."""
+"""A whole job, or one node's share of it, on this machine: its hubs, n workers, one exit code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _HUB_STOP_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run: `command` is one worker's, the same for all of them."""
+    """What to run: `command` is one worker's, the same for all of them.
+
+    workers  on this machine
+    """
 
     command: Sequence[str]
     workers: int
@@ -78,25 +81,28 @@ def launch(
 
     environ  the environment of the workers, and where settings are looked up after `chosen`
     say      gets each event (a death, a signal) as one line
-    Hubs are started unless the settings name some. Raises ConfigError, HubUnreachable.
+    Hubs are started unless the settings name some, and a node hub if they ask for it. With the
+    setting `nodes` this is one node of several, which are all given the same hub.
+    Raises ConfigError, HubUnreachable.
     """
     shared = {name: value for name, value in environ.items() if name != variable("rank")}
-    settings = Settings.load(environ=shared, **{**chosen, "rank": None, "world_size": plan.workers})
+    settings = _settings(plan, shared, chosen)
     with ExitStack() as stack:
         hub: Hub | None = None
         address = settings.hub
-        if address is None:
+        if address is None or settings.node_hub:
             hub, address = _start_hubs(plan.hubs, settings, stack)
         elif plan.hubs > 1:
             raise ConfigError(f"--hubs {plan.hubs}, but {variable('hub')} names hubs already")
+        first = plan.workers * (settings.node_rank or 0)
         workers = [
             Spec(
-                rank=rank,
+                rank=first + place,
                 command=plan.command,
-                environ=worker_environment(shared, settings, address, rank, plan.workers),
-                inherit=plan.inherit_first and rank == 0,
+                environ=worker_environment(shared, settings, address, place, plan.workers),
+                inherit=plan.inherit_first and first + place == 0,
             )
-            for rank in range(plan.workers)
+            for place in range(plan.workers)
         ]
         job = Job(workers, hub, settings.on_death, plan.grace_s, plan.colour)
         return Supervisor(job, say).run()
@@ -104,37 +110,63 @@ def launch(
 
 def _start_hubs(count: int, settings: Settings, stack: ExitStack) -> tuple[Hub, str]:
     """Hubs that end with `stack`, and their addresses as workers are given them."""
-    from zps.hub.process import HubProcess  # here, so that a plan is checked before it
+    # Here, so that a plan is checked before it is loaded.
+    from zps.hub.process import HubProcess
+    from zps.relay import process as node
 
+    start: Callable[[Settings], HubProcess] = node.start if settings.node_hub else HubProcess.start
     if count > 1 and settings.hub_threads is None:
         threads = max(1, len(os.sched_getaffinity(0)) // count)  # they work at the same time
         settings = settings.replace(hub_threads=threads)
     started = []
     for _ in range(count):
-        started.append(HubProcess.start(settings))
+        started.append(start(settings))
         stack.callback(started[-1].stop, timeout_s=_HUB_STOP_S)
     return Hubs(started), ",".join(hub.address for hub in started)
 
 
 def worker_environment(
-    base: Mapping[str, str], settings: Settings, address: str, rank: int, workers: int
+    base: Mapping[str, str], settings: Settings, address: str, place: int, workers: int
 ) -> dict[str, str]:
     """The environment of one worker: `base`, the settings, its place in the job.
 
+    place    its number on this machine, which has `workers`; others come before it, on nodes with
+             a lower `node_rank`
     RANK and its kin are what other programs look for. Cores are shared out through OMP_NUM_THREADS
     unless somebody has set it: n workers with a thread per core each would fight over them.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    rank = workers * (settings.node_rank or 0) + place
+    world_size = workers * (settings.nodes or 1)
+    # A worker of a node hub only needs its address; what travels further is encoded there.
+    home = {"node_hub": False, "compression": "none", "pull_compression": "none"}
+    own = settings.replace(**home) if settings.node_hub else settings
     return {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
         **base,
-        **settings.to_env(),
+        **own.to_env(),
         variable("hub"): address,
         variable("rank"): str(rank),
-        variable("world_size"): str(workers),
+        variable("world_size"): str(world_size),
         "RANK": str(rank),
-        "WORLD_SIZE": str(workers),
-        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(place),
         "LOCAL_WORLD_SIZE": str(workers),
     }
+
+
+def _settings(plan: Plan, environ: Mapping[str, str], chosen: Mapping[str, Any]) -> Settings:
+    """The job's settings, with the number of workers on all nodes."""
+    values = {**chosen, "rank": None}
+    anyone = {name: value for name, value in environ.items() if name != variable("world_size")}
+    asked = Settings.load(environ=anyone, **values)
+    nodes = asked.nodes or 1
+    if nodes > 1 and (asked.hub is None or asked.node_rank is None):
+        raise ConfigError(
+            f"nodes={nodes} needs a hub that all of them can reach, and this one's number: start "
+            "`zps hub --bind tcp://HOST:PORT`, and give its address as hub, and node_rank"
+        )
+    if asked.node_hub and asked.nodes is None:
+        raise ConfigError("node_hub needs nodes and node_rank: --nodes 2 --node-rank 0")
+    return Settings.load(environ=environ, **{**values, "world_size": plan.workers * nodes})

@@ -28,9 +28,23 @@ class Torchrun:
         """Whether all workers are on this machine, so that a path can be their meeting point."""
         return self.local_world_size == self.world_size
 
-    def hub_token(self) -> str:
-        """16 hex digits, the same in every worker of this job and no other: names its ipc path."""
-        parts = (self.run_id, self.master_addr, str(self.master_port), str(self.world_size))
+    @property
+    def nodes(self) -> int:
+        """How many machines the workers are on, as many on each."""
+        return self.world_size // self.local_world_size
+
+    @property
+    def node_rank(self) -> int:
+        """This machine's number: torchrun numbers the workers node by node."""
+        return self.rank // self.local_world_size
+
+    def hub_token(self, node_rank: int | None = None) -> str:
+        """16 hex digits, the same in every worker of this job and no other: names its ipc path.
+
+        node_rank  for the hub of that node alone
+        """
+        parts = [self.run_id, self.master_addr, str(self.master_port), str(self.world_size)]
+        parts += [] if node_rank is None else [f"node {node_rank}"]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

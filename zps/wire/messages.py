@@ -146,10 +146,13 @@ class Verdict(Sessioned):
 
 
 class Read(Sessioned):
-    """Ask for the bytes of a state of one bucket, or of a rule's own state of one parameter."""
+    """Ask for the bytes of a state of one bucket, or of a rule's own state of one parameter.
+
+    `steps` are the int64 step counts of all pieces.
+    """
 
     tag: ClassVar[str] = "read"
-    what: Literal["state", "weights", "foreign", "extra"]
+    what: Literal["state", "weights", "foreign", "extra", "steps"]
     field: Name
     index: U32
 

@@ -8,15 +8,17 @@ applied takes back what it had been given.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from zps import native
 from zps.codec.plan import Plan
 from zps.codec.residual import Residual
+
+if TYPE_CHECKING:
+    import torch  # a node hub encodes too, and has none
 
 _SEED_BITS = 64
 
@@ -50,6 +52,7 @@ class Encoder:
         self._residual = Residual(plan) if plan.residual_elements else None
         self._coded = [plan.codec_of_param(i).kind != 0 for i in range(len(plan.layout.params))]
         self._pieces = [self._pieces_of(i) if coded else [] for i, coded in enumerate(self._coded)]
+        self._by_number = {piece.number: piece for pieces in self._pieces for piece in pieces}
 
     def is_coded(self, param: int) -> bool:
         """Whether a parameter's gradient is encoded; otherwise it lies in its slot as it is."""
@@ -72,18 +75,26 @@ class Encoder:
         finite = True
         address = gradient.data_ptr()
         for piece in self._pieces[param]:
-            before, after, factor = self._feedback(piece.number, scale)
-            _, fine = piece.encoding.encode(
-                address + piece.source,
-                self._address + piece.slot,
-                residual_in_ptr=before,
-                residual_out_ptr=after,
-                residual_factor=factor,
-                seed=self._seed(piece.number),
-            )
-            finite = finite and fine
+            finite = self._encode_piece(piece, address + piece.source, scale) and finite
         (self._spoilt.discard if finite else self._spoilt.add)(param)
         return finite
+
+    def encode_bucket(self, bucket: int, gradients: NDArray[np.uint8]) -> None:
+        """Lay a whole bucket: what is not coded as it is, the rest as `encode` does.
+
+        gradients  finite, as the layout's buckets lie
+        """
+        plan, layout = self._plan, self._plan.layout
+        address = int(gradients.ctypes.data)
+        for number in layout.buckets[bucket].pieces:
+            piece = layout.pieces[number]
+            coded = self._by_number.get(number)
+            if coded is not None:
+                self._encode_piece(coded, address + piece.byte, 1.0)
+            elif not self._coded[piece.param]:
+                begin = int(plan.bucket_offset[bucket] + plan.piece_offset[number])
+                size = int(plan.piece_nbytes[number])
+                self._slots[begin : begin + size] = gradients[piece.byte : piece.byte + size]
 
     def clear(self, param: int) -> None:
         """Lay a gradient of zeros; what was lost before stays where it is."""
@@ -129,6 +140,18 @@ class Encoder:
             slot = int(plan.bucket_offset[piece.bucket] + plan.piece_offset[index])
             found.append(_Piece(index, encoding, piece.param_begin * itemsize, slot))
         return found
+
+    def _encode_piece(self, piece: _Piece, source: int, scale: float) -> bool:
+        before, after, factor = self._feedback(piece.number, scale)
+        _, finite = piece.encoding.encode(
+            source,
+            self._address + piece.slot,
+            residual_in_ptr=before,
+            residual_out_ptr=after,
+            residual_factor=factor,
+            seed=self._seed(piece.number),
+        )
+        return finite
 
     def _feedback(self, piece: int, scale: float) -> tuple[int, int, float]:
         """(address of what was lost, address for what is lost now, factor); 0 for none."""

@@ -32,16 +32,31 @@ class MessageLink:
 
     private = True
 
-    def __init__(self, session: Session, plan: Plan, attach: m.Attach, *, way_back: Plan):
-        """way_back: how weights are encoded"""
+    def __init__(
+        self,
+        session: Session,
+        plan: Plan,
+        attach: m.Attach,
+        *,
+        way_back: Plan,
+        weights: NDArray[np.uint8] | None = None,
+        slots: NDArray[np.uint8] | None = None,
+    ):
+        """
+        way_back        how weights are encoded
+        weights, slots  memory to use, as `Link` describes it; None: of this link's own
+        """
         self._session = session
         self._plan = plan
         self._layout = layout = plan.layout
         self.first_round = attach.first_round
         self.formed = attach.formed
         count = len(layout.buckets)
-        self._weights = private_bytes(layout.total_bytes, "the weights of this worker")
-        self._slots = private_bytes(plan.total_bytes, "the gradients of this worker")
+        if weights is None:
+            weights = private_bytes(layout.total_bytes, "the weights of this worker")
+        if slots is None:
+            slots = private_bytes(plan.total_bytes, "the gradients of this worker")
+        self._weights, self._slots = weights, slots
         self._versions = np.zeros(count, np.int64)
         self._closed = np.zeros(count, np.int64)
         self._steps = np.zeros(len(layout.pieces), np.int64)
