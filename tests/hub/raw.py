@@ -120,11 +120,13 @@ class Raw:
         shapes: Mapping[str, Sequence[int]],
         rule: str = "sum",
         hypers: Mapping[str, Any] | None = None,
+        *,
+        shared: bool = True,
     ) -> tuple[Fields, bytes, bytes]:
         """A DECLARE of float32 tensors, each in buckets of its own, and its two payload frames."""
         params = [Param(name, tuple(shape), "float32") for name, shape in shapes.items()]
         self.layout = Layout.build(params, bucket_bytes=4096, fuse=False)
-        header = self.header("declare", layout_hash=self.layout.hash, rule=rule)
+        header = self.header("declare", layout_hash=self.layout.hash, rule=rule, shared=shared)
         groups = [{"params": list(range(len(params))), **(hypers or {})}]
         return header, m.pack(self.layout.to_wire()), pack_hypers(groups, None)
 
@@ -141,12 +143,16 @@ class Raw:
     def join(
         self, shapes: Mapping[str, Sequence[int]], rule: str = "sum", **changes: Any
     ) -> m.Attach:
-        """Greet, declare and publish; with more workers, they have to join meanwhile."""
-        hypers = changes.pop("hypers", None)
+        """Greet, declare and publish; with more workers, they have to join meanwhile.
+
+        shared=False: it maps none of the hub's memory, and its gradients go in messages.
+        """
+        hypers, shared = changes.pop("hypers", None), changes.pop("shared", True)
         self.greet(**changes)
-        self.send(*self.declaration(shapes, rule, hypers))
+        self.send(*self.declaration(shapes, rule, hypers, shared=shared))
         attach = self.expect(m.Attach)
-        self.slots = Segment.attach(SegmentRef(**attach.slots.model_dump()), writable=True)
+        if shared:
+            self.slots = Segment.attach(SegmentRef(**attach.slots.model_dump()), writable=True)
         if not attach.formed:
             self.send(self.header("publish"))
             self.expect(m.Ok)

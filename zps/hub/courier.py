@@ -99,8 +99,9 @@ class Courier:
 
         Raises ProtocolError, without effect, when they are not what the layout says.
         """
-        if push.inline and len(payload) != len(push.buckets):
-            raise ProtocolError(f"{len(payload)} payloads for {len(push.buckets)} buckets")
+        expected = len(push.buckets) if push.inline else 0
+        if len(payload) != expected:
+            raise ProtocolError(f"{len(payload)} payloads came with a push that has {expected}")
         arrays = [
             self._bytes_of(bucket, [frame])
             for bucket, frame in zip(push.buckets, payload, strict=push.inline)
