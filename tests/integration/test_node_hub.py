@@ -412,6 +412,29 @@ def test_another_model_on_one_node_is_named(cluster):
     assert first == second
 
 
+def test_another_model_within_a_node_is_its_workers_to_hear(cluster):
+    """It comes first, and waits for the lowest rank of its node, whose model is the node's."""
+    with ExitStack() as stack:
+        workers = [stack.enter_context(cluster.worker(rank)) for rank in range(4)]
+        errors: list[Exception] = []
+
+        def declare_another() -> None:
+            try:
+                workers[3].declare({"x": torch.zeros(11)}, "sum")
+            except LayoutMismatch as error:
+                errors.append(error)
+                workers[3].close()
+                with cluster.worker(3) as again:
+                    again.declare({"x": torch.zeros(10)}, "sum")
+
+        first = threading.Thread(target=declare_another)
+        first.start()
+        workers[2].stats()  # takes its turn after the declaration, or before: both are to work
+        at_once(*(partial(w.declare, {"x": torch.zeros(10)}, "sum") for w in workers[:3]))
+        first.join()
+    assert "'x' is (11,) on rank 3 but (10,) on rank 2" in str(errors[0])
+
+
 def test_a_worker_that_is_missing_on_another_node_is_named(cluster):
     workers = [cluster.worker(rank) for rank in (0, 1, 2)]
     for worker in workers:
