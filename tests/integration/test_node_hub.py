@@ -281,6 +281,21 @@ def test_a_bfloat16_parameter(cluster):
             assert torch.equal(result, master.detach().to(torch.bfloat16))
 
 
+def test_versions_rise_by_one_a_round_for_readers_that_copy(cluster):
+    def rounds(worker: Worker) -> tuple[list[float], list[int]]:
+        worker.declare({"x": torch.zeros(3000)}, "add")
+        for _ in range(3):
+            worker.push({"x": torch.ones(3000)}).wait()
+        worker.pull()
+        link = worker._declared().link
+        versions = [link.version(bucket.index) for bucket in worker.layout.buckets]
+        return worker.weights("x").unique().tolist(), versions
+
+    with cluster.workers(pull="copy") as workers:
+        results = at_once(*(partial(rounds, w) for w in workers))
+    assert results == [([12.0], [3, 3, 3])] * 4
+
+
 def test_a_learning_rate_that_changes_reaches_the_hub_of_all_nodes(cluster):
     def steps(worker: Worker) -> float:
         param = torch.nn.Parameter(torch.zeros(5))
