@@ -281,6 +281,21 @@ def test_a_bfloat16_parameter(cluster):
             assert torch.equal(result, master.detach().to(torch.bfloat16))
 
 
+def test_versions_rise_by_one_a_round_for_readers_that_copy(cluster):
+    def rounds(worker: Worker) -> tuple[list[float], list[int]]:
+        worker.declare({"x": torch.zeros(3000)}, "add")
+        for _ in range(3):
+            worker.push({"x": torch.ones(3000)}).wait()
+        worker.pull()
+        link = worker._declared().link
+        versions = [link.version(bucket.index) for bucket in worker.layout.buckets]
+        return worker.weights("x").unique().tolist(), versions
+
+    with cluster.workers(pull="copy") as workers:
+        results = at_once(*(partial(rounds, w) for w in workers))
+    assert results == [([12.0], [3, 3, 3])] * 4
+
+
 def test_a_learning_rate_that_changes_reaches_the_hub_of_all_nodes(cluster):
     def steps(worker: Worker) -> float:
         param = torch.nn.Parameter(torch.zeros(5))
@@ -410,6 +425,29 @@ def test_another_model_on_one_node_is_named(cluster):
     assert "hub of all nodes" in third
     assert "ranks [2, 3] have not joined" in first
     assert first == second
+
+
+def test_another_model_within_a_node_is_its_workers_to_hear(cluster):
+    """It comes first, and waits for the lowest rank of its node, whose model is the node's."""
+    with ExitStack() as stack:
+        workers = [stack.enter_context(cluster.worker(rank)) for rank in range(4)]
+        errors: list[Exception] = []
+
+        def declare_another() -> None:
+            try:
+                workers[3].declare({"x": torch.zeros(11)}, "sum")
+            except LayoutMismatch as error:
+                errors.append(error)
+                workers[3].close()
+                with cluster.worker(3) as again:
+                    again.declare({"x": torch.zeros(10)}, "sum")
+
+        first = threading.Thread(target=declare_another)
+        first.start()
+        workers[2].stats()  # takes its turn after the declaration, or before: both are to work
+        at_once(*(partial(w.declare, {"x": torch.zeros(10)}, "sum") for w in workers[:3]))
+        first.join()
+    assert "'x' is (11,) on rank 3 but (10,) on rank 2" in str(errors[0])
 
 
 def test_a_worker_that_is_missing_on_another_node_is_named(cluster):

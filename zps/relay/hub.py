@@ -146,15 +146,21 @@ class NodeHub(Hub):
                 "checkpoint",
             )
         is_first = self._job is None
-        super()._on_declare(peer, message, payload)
-        if is_first and self._job is not None:
-            self._up.ask(
-                m.Declare,
-                *payload,
-                fields={**_fields_of(message), "shared": False},
-                then=self._on_attach,
-                refused=self._on_no_entry,
-            )
+        try:
+            super()._on_declare(peer, message, payload)
+        finally:  # also when there was a job, but no room for this worker in it
+            if is_first and self._job is not None:
+                self._ask_to_enter(message, payload)
+
+    def _ask_to_enter(self, message: m.Declare, payload: Sequence[Frame]) -> None:
+        """Declare upstream what a worker has declared here, and all others will."""
+        self._up.ask(
+            m.Declare,
+            *payload,
+            fields={**_fields_of(message), "shared": False},
+            then=self._on_attach,
+            refused=self._on_no_entry,
+        )
 
     def _make_engine(self, declared: Declaration, control: Control, policy: Policy) -> Engine:
         store = NodeStore(

@@ -113,11 +113,17 @@ class Upstream(Session):
         self.flush()
 
     def leave(self, *, failed: bool) -> None:
-        """Say goodbye, and close once it was heard, or a second later: there is no job any more."""
+        """Say goodbye, and close once it was heard, or a second later: there is no job any more.
+
+        What has been pushed goes first, if this is no failure.
+        """
         self.on_payload = lambda *_: None  # what it would be written into is about to go
-        self._queue.clear()
+        if failed:
+            self._queue.clear()
         with contextlib.suppress(ZpsError), self.sequenced() as seq:
             self.send(m.Bye(**self.header(seq), failed=failed))
+            while self._queue and self._dealer.socket.poll(int(_GOODBYE_S * 1000), zmq.POLLOUT):
+                self.flush()
             self._answer_to(seq, _GOODBYE_S)
         self._queue.clear()
         self.close()
