@@ -529,3 +529,36 @@ def test_a_node_hub_that_finds_no_hub_says_where_it_looked(tmp_path):
     settings = node_settings(f"ipc://{tmp_path}/s", 0, tmp_path, count=2, world=4)
     with pytest.raises(HubUnreachable, match="no hub took a message at"):
         relay.start(settings.replace(connect_timeout_s=0.5))
+
+
+# --- codecs -------------------------------------------------------------------------------------
+
+
+def test_what_leaves_a_node_is_encoded_and_what_stays_is_not(tmp_path: Path) -> None:
+    """int8 with feedback both ways follows plain averaging within its resolution."""
+    shape, lr, rounds = (40, 300), 0.1, 12
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+
+    def gradient(rank: int, round_: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(100 * round_ + rank)
+        return torch.randn(shape, generator=generator)
+
+    truth = start.clone()
+    for round_ in range(rounds):
+        truth -= lr * torch.stack([gradient(rank, round_) for rank in range(4)]).mean(0)
+
+    codecs = {"compression": "int8", "pull_compression": "int8"}
+    with nodes(tmp_path, **codecs) as cluster, cluster.workers() as workers:
+        at_once(*(partial(w.declare, {"w": start}, "sgd", lr=lr) for w in workers))
+        assert all(w.settings.compression == "none" for w in workers)
+        before = workers[0].stats()["upstream"]["sent_bytes"]  # the first weights, among others
+        for round_ in range(rounds):
+            works = [w.push({"w": gradient(w.rank, round_)}) for w in workers]
+            at_once(*(work.wait for work in works))
+        held = [w.weights("w").clone() for w in workers]
+        sent = workers[0].stats()["upstream"]["sent_bytes"] - before
+    for weights in held:
+        assert torch.equal(weights, held[0])
+    error = (held[0] - truth).norm() / (truth - start).norm()
+    assert error < 0.02
+    assert sent < 1.2 * rounds * start.numel(), "a byte for each parameter, and headers"
