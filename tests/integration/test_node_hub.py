@@ -287,7 +287,7 @@ def test_versions_rise_by_one_a_round_for_readers_that_copy(cluster):
         for _ in range(3):
             worker.push({"x": torch.ones(3000)}).wait()
         worker.pull()
-        link = worker._declared().link
+        link = worker.channels[0].link
         versions = [link.version(bucket.index) for bucket in worker.layout.buckets]
         return worker.weights("x").unique().tolist(), versions
 
