@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.lives import Driver, until
-from tests.integration.nodes import Cluster, free_port, nodes
+from tests.integration.nodes import Cluster, free_port, node_settings, nodes
 from tests.workers import PATIENCE_S, ROOT
 from zps.errors import RankOutOfRange
 from zps.hub.process import HubProcess
+from zps.relay import process as relay
 from zps.worker.worker import Worker
 
 #: What a worker may take to hear of a death two hubs away, seconds.
@@ -134,6 +135,21 @@ def test_a_killed_node_hub_is_one_worker_that_dies(tmp_path):
         for driver in drivers[:2]:
             driver.ask("close")
         assert_nothing_left(cluster)
+
+
+def test_a_node_cannot_come_back_into_a_running_job(tmp_path):
+    with nodes(tmp_path) as cluster, lives(cluster) as drivers:
+        kill(cluster.hubs[1])
+        settings = node_settings(cluster.top.address, 1, cluster.runtime_dir, count=2, world=4)
+        with relay.start(settings) as hub:
+            again = Driver(hub.address, 2, 4)
+            again.begin("declare", "mean")
+            failure = again.failure()
+            assert failure.kind == "Rejected"
+            assert "node 1 cannot join a running job" in failure.text
+            again.end()
+        push_all(drivers[:2])
+        assert [d.answer() for d in drivers[:2]] == [{"a": 1.5, "b": 1.5}] * 2
 
 
 @pytest.mark.parametrize("tcp", [False, True], ids=["ipc", "tcp"])

@@ -34,7 +34,7 @@ _MAX_TEXT = 700
 class NodeHub(Hub):
     """See `Hub`. `settings.hub` is the address of the hub of all nodes.
 
-    connect  None: `Upstream(settings)`; an Upstream that was made before
+    upstream  the session of its first job; for a later one it says hello anew
     """
 
     def __init__(
