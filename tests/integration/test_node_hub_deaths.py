@@ -128,7 +128,7 @@ def test_a_killed_node_hub_is_one_worker_that_dies(tmp_path):
     with nodes(tmp_path) as cluster, lives(cluster) as drivers:
         push_all(drivers[:3])
         at_s = kill(cluster.hubs[1])
-        assert_lost(drivers[2], at_s, f"the hub (process {cluster.hubs[1].pid}) has ended")
+        assert_lost(drivers[2], at_s, f"(process {cluster.hubs[1].pid}) has ended")
         assert [d.answer() for d in drivers[:2]] == [{"a": 1.5, "b": 1.5}] * 2
         push_all(drivers[:2], 3.0)
         assert [d.answer() for d in drivers[:2]] == [{"a": 3.5, "b": 3.5}] * 2
