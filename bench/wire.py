@@ -290,18 +290,7 @@ def unavailable(case: str) -> str | None:
     """None, or why this case cannot run here."""
     if case == "memory":
         return None
-    return netns.unavailable() or (_no_node_hub() if case == "node" else None)
-
-
-def _no_node_hub() -> str | None:
-    from zps.config import Settings
-    from zps.errors import ConfigError
-
-    try:
-        Settings.load(environ={"ZPS_NODE_HUB": "1"})
-    except ConfigError as error:
-        return str(error)
-    return None
+    return netns.unavailable()
 
 
 @app.command()

@@ -13,7 +13,6 @@ from rich.console import Console
 
 import zps
 from tests.tuning.numpy_runner import NumpyRunner
-from zps import native
 from zps.config import Settings
 from zps.errors import CompressionSyntaxError, LayoutError, UnknownName
 from zps.tuning.show import plot, table
@@ -107,7 +106,6 @@ def test_a_picture_is_saved(tmp_path: Path, ending: str, bandwidth: str | None) 
         assert "<svg" in path.read_text()
 
 
-@pytest.mark.skipif(not hasattr(native, "Encoding"), reason="the kernels of codecs are not there")
 def test_the_kernels_lose_what_the_formats_say() -> None:
     one = model()
     given = steps(one, 4)

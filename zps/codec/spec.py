@@ -43,6 +43,10 @@ class Unmatched:
     nearest: str | None
     """None when there are no parameters at all."""
 
+    def __str__(self) -> str:
+        hint = f"; the nearest is {self.nearest!r}" if self.nearest else ""
+        return f"the pattern {self.pattern!r} matches no parameter{hint}"
+
 
 @dataclass(frozen=True, slots=True)
 class Compression:

@@ -140,8 +140,7 @@ def _way(setting: str, codecs: Compression, plan: Plan) -> Way:
 
 def _warnings(setting: str, codecs: Compression, names: list[str]) -> Iterator[str]:
     for lost in codecs.unmatched(names):
-        hint = f"; the nearest is {lost.nearest!r}" if lost.nearest else ""
-        yield f"{variable(setting)}: the pattern {lost.pattern!r} matches no parameter{hint}"
+        yield f"{variable(setting)}: {lost}"
 
 
 def _figures(nbytes: int, encoded: int) -> tuple[str, str, str]:

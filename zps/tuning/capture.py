@@ -30,7 +30,7 @@ MAX_ELEMENTS = 2**28
 
 #: What would make the script one of several workers, or a worker of a hub that is not its own.
 _FOREIGN = (
-    *(variable(name) for name in ("hub", "rank", "world_size")),
+    *(variable(name) for name in ("hub", "rank", "world_size", "nodes", "node_rank", "node_hub")),
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
 )
 

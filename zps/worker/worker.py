@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ from zps.worker.gradients import check_like, dtype_name, nonfinite
 from zps.worker.link import PushInfo
 from zps.worker.verdicts import Verdicts
 from zps.worker.work import Work
+
+log = logging.getLogger("zps")
 
 What = str | Sequence[str] | Mapping[str, torch.Tensor]
 
@@ -125,6 +128,8 @@ class Worker:
         if max_grad_norm is not None or ("." in rule and fuse):
             self._check_may_hold(f"rule={rule!r}, max_grad_norm={max_grad_norm}")
         groups = [{"params": list(tensors), **hypers}] if groups is None else groups
+        if self.rank == 0:
+            self._warn_of_patterns(list(tensors))
         channels = self._channels(layout, rule, groups, max_grad_norm)
         self._model = Assembly(layout, channels)
         if len(channels) > 1:
@@ -135,6 +140,14 @@ class Worker:
             if channel.link.formed:
                 channel.link.download()
         self.refresh()
+
+    def _warn_of_patterns(self, names: list[str]) -> None:
+        for setting, codecs in (
+            ("ZPS_COMPRESSION", self.settings.push_codecs),
+            ("ZPS_PULL_COMPRESSION", self.settings.pull_codecs),
+        ):
+            for lost in codecs.unmatched(names):
+                log.warning("%s: %s", setting, lost)
 
     def _channels(
         self,
