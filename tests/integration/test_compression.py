@@ -14,6 +14,7 @@ from tests.training.reference import assert_close, assert_same_bits, gradients, 
 from tests.workers import Context, Crew, at_once, together
 from zps import Worker
 from zps.core.layout import Layout, Param
+from zps.core.shards import Shard, cut
 from zps.errors import NonFiniteGradient
 from zps.memory.control import Outcome
 
@@ -50,6 +51,8 @@ COMPRESSION = "; ".join(
     ["none", *(f"{name}.*={codec}" for name, codec in {**CODECS, **RANDOM}.items())]
 )
 HUB = {"compression": COMPRESSION, "compression_min_bytes": 0}
+
+TOPK = {"compression": "topk:ratio=0.1", "compression_min_bytes": 0}
 
 #: Pieces in three buckets, in a whole one and in a part of one; a scalar, and nothing at all.
 SHAPES = {"matrix": (43, 53), "exact": (1024,), "few": (3, 7), "scalar": (), "nothing": (0, 3)}
@@ -186,9 +189,43 @@ def test_a_pattern_chooses_the_codec_and_small_tensors_travel_as_they_are(run):
         assert_same_bits(result, [sums[name].to(t.dtype) for name, t in tensors.items()])
 
 
+def parts_of(shard: Shard, grads: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What one of several hubs gets of these gradients, by its own names."""
+    flat = [grad.reshape(-1) for grad in grads.values()]
+    return {
+        param.name: flat[part.param][part.begin : part.begin + part.count]
+        for param, part in zip(shard.layout.params, shard.parts, strict=True)
+    }
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_each_of_several_hubs_gets_its_parts_encoded(crew: Crew, in_place):
+    tensors = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    hubs = [crew.hub(hub_threads=threads, **TOPK) for threads in (1, 2)]
+    shards = cut(layout_of(tensors), len(hubs))
+    parts = [part.param for shard in shards for part in shard.parts]
+    assert len(set(parts)) < len(parts)  # one of the tensors is spread
+    by_shard = [[Replay(shard.layout, TOPK["compression"]) for _ in range(2)] for shard in shards]
+    with together(",".join(hub.address for hub in hubs), tensors, "sum") as workers:
+        for round_ in range(ROUNDS):
+            works = []
+            for worker in workers:
+                grads = drawn(tensors, worker.rank, round_)
+                if in_place:
+                    for name, grad in grads.items():
+                        worker.slot(name).copy_(grad)
+                works.append(worker.push(list(grads) if in_place else grads))
+            at_once(*(work.wait for work in works))
+            for shard, ranks in zip(shards, by_shard, strict=True):
+                drawn_parts = [parts_of(shard, drawn(tensors, i, round_)) for i in range(2)]
+                sums = total([r.send(g) for r, g in zip(ranks, drawn_parts, strict=True)])
+                for worker in workers:
+                    seen = parts_of(shard, {name: worker.weights(name) for name in tensors})
+                    assert_same_bits(list(seen.values()), [s.reshape(-1) for s in sums.values()])
+
+
 # --- zps.Optimizer ------------------------------------------------------------------------------
 
-TOPK = {"compression": "topk:ratio=0.1", "compression_min_bytes": 0}
 LR = 0.5  # a power of two: a step is then rounded once, whoever takes it
 PARAMS = new_params()
 NAMES = [f"group0.{index}" for index in range(len(PARAMS))]
@@ -307,6 +344,43 @@ def test_the_norm_that_is_clipped_is_that_of_what_was_decoded(run, overlap):
         sgd.step()
         for result in results:
             assert_close(result[round_], values(params), f"round {round_}")
+
+
+def train_half(ctx: Context, *, overlap: bool) -> Any:
+    params = half_params()
+    sgd = torch.optim.SGD(params, lr=LR)
+    opt = zps.Optimizer(sgd, worker=ctx.worker(), overlap=overlap)
+    for round_ in range(ROUNDS):
+        opt.zero_grad()
+        loss_of(params, ctx.rank, round_, 0).backward()
+        opt.step()
+    return values(params)
+
+
+def half_params() -> list[torch.nn.Parameter]:
+    dtypes = [torch.float16, torch.float32, torch.bfloat16]
+    return [
+        torch.nn.Parameter(p.detach().to(dtypes[index % 3])) for index, p in enumerate(new_params())
+    ]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_half_parameters_have_their_gradients_encoded_as_they_are(run, overlap):
+    results = run(train_half, overlap=overlap, hub=TOPK)
+    params = half_params()
+    named = dict(zip(NAMES, params, strict=True))
+    in_order = dict(sorted(named.items(), key=lambda item: str(item[1].dtype)))
+    ranks = replays(in_order, TOPK["compression"], fuse=True)
+    masters = [p.detach().float() for p in params]
+    for round_ in range(ROUNDS):
+        decoded = []
+        for rank, replay in enumerate(ranks):
+            grads = gradients(params, rank, 2 * round_)
+            decoded.append(replay.send({NAMES[i]: grads[i] for i in present(rank, round_)}))
+        descend(masters, decoded)
+    for result in results:
+        expected = [master.to(p.dtype) for master, p in zip(masters, params, strict=True)]
+        assert_same_bits(result, expected)
 
 
 class Tied(torch.nn.Module):

@@ -68,6 +68,8 @@ def declare(
 def leave(sessions: Sequence[Session], *, failed: bool) -> None:
     """Say goodbye to every hub, and close. A hub may have gone first: that is no concern here."""
     for session in sessions:
+        session.neighbours = []  # their sockets close one after the other
+    for session in sessions:
         with contextlib.suppress(ZpsError), session.sequenced() as seq:
             bye = m.Bye(**session.header(seq), failed=failed)
             session.request(bye, timeout_s=_GOODBYE_S)
