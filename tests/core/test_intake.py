@@ -132,3 +132,21 @@ def test_every_order_of_announcements_comes_to_its_end_within_the_bound(
         on_their_way += intake.next(everyone(world))
         assert intake.held_bytes <= budget + world * max(sizes)
     assert intake.held_bytes == 0
+
+
+def test_what_would_only_be_kept_is_not_asked_for_yet():
+    intake = Intake(budget=4)
+    intake.announce(0, 5, 0, 4)
+    intake.announce(1, 2, 0, 4)
+    assert intake.next(nobody, lambda rank, round: rank == 0) == [Ask(1, 2, 0)]
+    intake.arrived(1, 2, 0)
+    intake.consumed(1, 2, 0)
+    assert intake.next(nobody, lambda rank, round: False) == [Ask(0, 5, 0)]
+
+
+def test_what_would_only_be_kept_is_not_the_exception_either():
+    intake = Intake(budget=0)
+    intake.announce(0, 5, 0, 4)
+    assert intake.next(lambda *_: True, lambda rank, round: rank == 0) == []
+    intake.announce(1, 6, 0, 4)
+    assert intake.next(lambda *_: True, lambda rank, round: rank == 0) == [Ask(1, 6, 0)]

@@ -15,6 +15,7 @@ from tests.training.reference import assert_close
 from tests.workers import PATIENCE_S, Context, at_once, together
 from zps import Worker
 from zps.errors import ConfigError, HubLost
+from zps.memory.control import Outcome
 from zps.worker.message_link import INLINE_BYTES, MessageLink
 from zps.worker.shm_link import ShmLink
 
@@ -145,3 +146,41 @@ def test_what_is_not_contiguous_and_every_dtype_travels(crew):
             assert np.shares_memory(
                 worker.weights("w").view(torch.uint8).numpy(), worker.channels[0].link.weights
             )
+
+
+@pytest.mark.parametrize("mode", ["ssp", "async"])
+def test_out_of_step_weights_come_when_they_are_pulled_whatever_is_set(crew, mode):
+    hub = crew.hub(mode=mode)
+    with together(
+        hub.address, {"w": torch.zeros(9)}, "add", world=1, link="message", pull="alias"
+    ) as (worker,):
+        worker.push({"w": torch.ones(9)}).wait()
+        worker.pull()
+        assert bool((worker.weights("w") == 1.0).all())
+
+
+def test_a_fast_worker_does_not_take_the_room_of_those_it_waits_for(crew):
+    """ssp: what would only be kept is not asked for, or the slow one could never send."""
+    hub = crew.hub(mode="ssp", staleness=1, **HUB)
+    with together(hub.address, {"w": torch.zeros(LARGE)}, "add", link="message") as (fast, slow):
+        fast.push({"w": torch.ones(LARGE)}).wait()
+        ahead = fast.push({"w": torch.ones(LARGE)})  # waits for the other
+        assert not ahead.done()
+        at_once(slow.push({"w": torch.ones(LARGE)}).wait, ahead.wait)
+        fast.pull()
+        assert bool((fast.weights("w") == 3.0).all())
+
+
+def test_a_late_worker_is_heard_though_others_have_filled_the_room(crew):
+    """quorum: its late push has to be answered before it can go on."""
+    hub = crew.hub(quorum=0.6, **HUB)
+    with together(hub.address, {"w": torch.zeros(LARGE)}, "add", world=3, link="message") as three:
+        late, *others = three
+        first = [w.push({"w": torch.ones(LARGE)}) for w in others]
+        at_once(*(work.wait for work in first))
+        second = others[0].push({"w": torch.ones(LARGE)})  # one of three: not enough
+        assert not second.done()
+        outcomes = at_once(late.push({"w": torch.ones(LARGE)}).wait)[0].outcomes
+        assert set(outcomes) == {Outcome.LATE}
+        late.refresh()
+        at_once(late.push({"w": torch.ones(LARGE)}).wait, second.wait)

@@ -135,3 +135,18 @@ def test_what_is_published_again_is_held_exactly(run):
     for after, stepped in run(republished, hub={"pull_compression": "int8"}):
         assert bool((after == 3.0).all())
         assert torch.allclose(stepped, torch.full_like(stepped, 2.9), atol=2e-3)
+
+
+def test_a_worker_that_pulls_what_it_has_been_sent_holds_the_same(crew):
+    hub = crew.hub(pull_compression="int8")
+    settings = {"link": "message", "pull": "copy"}
+    with together(hub.address, start(), "sgd", hypers={"lr": 0.1}, **settings) as workers:
+        truth = start()
+        for round_ in range(4):
+            works = [w.push(gradients(round_, w.rank)) for w in workers]
+            at_once(*(work.wait for work in works))
+            mean = (gradients(round_, 0)["a"] + gradients(round_, 1)["a"]) / 2
+            truth["a"] = truth["a"] - 0.1 * mean
+            for worker in workers:
+                worker.pull()
+                assert relative_error(worker.weights("a"), truth["a"]) < 0.02

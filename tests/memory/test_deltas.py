@@ -83,3 +83,20 @@ def test_what_is_too_short_or_too_long_changes_nothing():
         with pytest.raises(ProtocolError, match="weights of bucket 0"):
             receiver.apply(0, wrong, held)
     assert not held.any()
+
+
+def test_a_difference_that_is_not_finite_is_not_sent_and_forgotten_with_the_next():
+    plan, sender, receiver = made("int8", "float32")
+    good = arena(plan, np.ones(64, np.float32))
+    bad = good.copy()
+    bad[:4] = np.frombuffer(np.float32(np.nan).tobytes(), np.uint8)
+    sent, held = good.copy(), good.copy()
+    assert sender.encode(0, bad, sent) is None
+    held[:] = sent  # the values go as they are
+    assert sender.encode(0, good, sent) is None
+    held[:] = sent
+    now = arena(plan, np.full(64, 1.5, np.float32))
+    data = sender.encode(0, now, sent)
+    assert data is not None
+    receiver.apply(0, data, held)
+    assert np.allclose(floats(plan, held)[:1024], 1.5, atol=0.01)

@@ -5,13 +5,14 @@ hub asks. `Intake` is told what was announced, what arrived and what has been co
 what to ask for next:
 
     intake.announce(rank=1, round=7, bucket=0, nbytes=4 << 20)
-    for ask in intake.next(rounds.would_close):
+    for ask in intake.next(rounds.would_close, rounds.would_keep):
         ...                                     # send a FETCH for ask.rank, ask.round, ask.bucket
 
 Asking is in the order of rounds and buckets, within the budget. A bucket that enough ranks have
 announced can be applied as soon as its bytes are here: one such bucket is asked for even over the
 budget, so that no order of announcements can bring the job to a halt. What is held is therefore at
-most the budget and one bucket of each rank.
+most the budget and one bucket of each rank. What would only be kept is not asked for yet: it would
+take the room of those it waits for.
 
 This is the rendezvous of message passing, with the receiver in charge of its memory.
 Source: Gropp and Lusk, A High-Performance MPI Implementation on a Shared-Memory Vector
@@ -29,6 +30,10 @@ __all__ = ["Ask", "Intake"]
 Key = tuple[int, int]  # (round, bucket)
 WouldClose = Callable[[int, int, Collection[int]], bool]
 """(round, bucket, ranks) -> whether the gradients of these ranks would complete the bucket."""
+
+
+WouldKeep = Callable[[int, int], bool]
+"""(rank, round) -> whether a gradient would not be used before others have come on."""
 
 
 class Ask(NamedTuple):
@@ -64,15 +69,18 @@ class Intake:
             bisect.insort(self._order, key)
         self._waiting[key][rank] = nbytes
 
-    def next(self, would_close: WouldClose) -> list[Ask]:
+    def next(
+        self, would_close: WouldClose, would_keep: WouldKeep = lambda rank, round: False
+    ) -> list[Ask]:
         """What to ask for now; it counts as held from here on."""
         asks: list[Ask] = []
         if self._over not in self._asked and self._over not in self._here:
             self._over = None
         for key in list(self._order):
-            if self._over is None and would_close(*key, self._ranks(key)):
+            wanted = [rank for rank in sorted(self._waiting[key]) if not would_keep(rank, key[0])]
+            if wanted and self._over is None and would_close(*key, self._ranks(key)):
                 self._over = key
-            if not self._ask_for(key, asks) and self._over is not None:
+            if not self._ask_for(key, wanted, asks) and self._over is not None:
                 break  # the budget is used up, and its one exception too
         return asks
 
@@ -108,9 +116,10 @@ class Intake:
     def _stages(self) -> tuple[dict[Key, dict[int, int]], ...]:
         return self._waiting, self._asked, self._here
 
-    def _ask_for(self, key: Key, asks: list[Ask]) -> bool:
-        """Ask for what there is room for; whether that was all of it."""
-        for rank, nbytes in sorted(self._waiting[key].items()):
+    def _ask_for(self, key: Key, ranks: list[int], asks: list[Ask]) -> bool:
+        """Ask `ranks` for what there is room for; whether that was all of it."""
+        for rank in ranks:
+            nbytes = self._waiting[key][rank]
             if key != self._over and self.held_bytes + nbytes > self.budget:
                 return False
             self._unwait(key, rank)

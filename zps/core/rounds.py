@@ -176,9 +176,13 @@ class Rounds:
     def would_close(self, round: int, bucket: int, ranks: Collection[int]) -> bool:
         """Whether the bucket could be applied in this round had all of `ranks` pushed it.
 
-        Rounds before it are not looked at.
+        A round that is closed already is: its late pushes only have to be answered.
         """
         return self._policy.would_close(round, bucket, ranks)
+
+    def would_keep(self, rank: int, round: int) -> bool:
+        """Whether a push of `rank` in `round` would now be kept, to wait for slower members."""
+        return self._policy.would_keep(rank, round)
 
     def pending(self) -> dict[tuple[int, int], tuple[int, ...]]:
         """For each (round, bucket) of which a push is kept: the ranks that it waits for."""
@@ -208,6 +212,7 @@ class _Policy(Protocol):
     def check(self, push: _Push) -> None: ...
     def on_push(self, push: _Push) -> list[Action]: ...
     def would_close(self, round: int, bucket: int, ranks: Collection[int]) -> bool: ...
+    def would_keep(self, rank: int, round: int) -> bool: ...
     def pending(self) -> dict[tuple[int, int], tuple[int, ...]]: ...
     def waiting_for(self, bucket: int) -> tuple[int, ...]: ...
 
@@ -343,10 +348,17 @@ class _Synchronous:
         return pushed >= math.ceil(self._quorum * (pushed + awaited) * (1 - 1e-12))
 
     def would_close(self, round: int, bucket: int, ranks: Collection[int]) -> bool:
+        if round < self._next[bucket]:
+            return True
+        if round > self._lowest(bucket):
+            return False
         awaited = self._awaited(round, bucket)
         there = awaited.intersection(ranks)
         pushed = len(self._pushed[bucket].get(round, ())) + len(there)
         return self._suffice(pushed, len(awaited) - len(there))
+
+    def would_keep(self, rank: int, round: int) -> bool:
+        return False  # what is kept here waits for others that the hub asks for, too
 
     def _close(self, round: int, bucket: int) -> list[Action]:
         self._next[bucket] = round + 1
@@ -450,6 +462,9 @@ class _OnArrival:
 
     def would_close(self, round: int, bucket: int, ranks: Collection[int]) -> bool:
         return True  # a push needs no other
+
+    def would_keep(self, rank: int, round: int) -> bool:
+        return rank in self._first and not self._may_apply(_Push(rank, round, 0, 0))
 
     def _lead(self, push: _Push) -> int:
         """How many rounds a push is ahead of the slowest other member; 0 if there is none."""

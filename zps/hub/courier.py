@@ -19,12 +19,12 @@ from zps import native
 from zps.codec.plan import Plan
 from zps.core.intake import Intake
 from zps.errors import ProtocolError
+from zps.hub.held import Held
 from zps.hub.job import Job, Peer
 from zps.hub.roster import Roster
 from zps.hub.store import Pushed
 from zps.memory.control import Outcome
 from zps.memory.deltas import Deltas
-from zps.memory.segment import private_bytes
 from zps.wire import messages as m
 from zps.wire.sockets import Frame, Router
 
@@ -77,16 +77,14 @@ class Courier:
         self._router = router
         self._in_step = in_step
         self._deltas = None if way_back.identity else Deltas(way_back)
-        # In step all workers hold the same, and what is sent to one is sent to all.
-        self._sent: Bytes | None = None
-        self._last: dict[int, tuple[int, Bytes]] = {}  # bucket -> (version, what was sent)
-        if self._deltas is not None and in_step:
-            self._sent = private_bytes(job.layout.arena_bytes, "what remote workers hold")
+        self._held = Held(job, self._deltas) if self._deltas is not None and in_step else None
         self._budget = budget
         self._intake = Intake(budget)
         self._copies: list[weakref.ref[NDArray[np.uint8]]] = []  # gone once they have left
         self._open: dict[tuple[int, int], _Announced] = {}  # by (session, bucket)
         self._outbox: defaultdict[int, deque[_Answer | m.Message]] = defaultdict(deque)
+        self._pulling: set[int] = set()  # sessions whose pull is being answered
+        self._unreachable: list[int] = []
 
     # --- from workers -------------------------------------------------------------------------
 
@@ -126,6 +124,8 @@ class Courier:
         if announced is None or announced.pushed.seq != data.push:
             raise ProtocolError(f"bytes of bucket {data.bucket} that nobody announced")
         array = self._bytes_of(data.bucket, payload)
+        base = announced.bases[data.bucket]
+        self._job.engine.rounds.check(peer.rank, announced.pushed.round, data.bucket, base)
         if not self._intake.arrived(peer.rank, announced.pushed.round, data.bucket):
             raise ProtocolError(f"bytes of bucket {data.bucket} that nobody asked for")
         self._deliver(announced, data.bucket, array)
@@ -135,6 +135,9 @@ class Courier:
         for bucket in pull.buckets:
             if bucket >= len(self._job.layout.buckets):
                 raise ProtocolError(f"no bucket {bucket}")
+        if peer.session in self._pulling or len(set(pull.buckets)) != len(pull.buckets):
+            raise ProtocolError("a pull that names a bucket twice, or before the last was answered")
+        self._pulling.add(peer.session)
         self._outbox[peer.session] += [
             _Answer(bucket, None, whole=pull.whole) for bucket in pull.buckets
         ]
@@ -146,14 +149,16 @@ class Courier:
 
     def published(self) -> None:
         """All workers are about to take over the weights as they are."""
-        if self._sent is not None:
-            self._sent[:] = self._job.store.weights.bytes[: len(self._sent)]
-        self._last.clear()
+        if self._held is not None:
+            self._held.reset()
 
     def forget(self, peer: Peer) -> None:
         """The peer has gone: nothing comes from it, nothing goes to it."""
         self._intake.forget(peer.rank)
         self._outbox.pop(peer.session, None)
+        self._pulling.discard(peer.session)
+        if self._held is not None:
+            self._held.forget(peer.session)
         for key in [key for key in self._open if key[0] == peer.session]:
             del self._open[key]
 
@@ -172,6 +177,11 @@ class Courier:
         self._ask()
         for session in list(self._outbox):
             self._send_some(session)
+
+    def unreachable(self) -> list[int]:
+        """Sessions that a message could not be delivered to since the last call."""
+        found, self._unreachable = self._unreachable, []
+        return found
 
     @property
     def backlog(self) -> bool:
@@ -219,7 +229,8 @@ class Courier:
 
     def _ask(self) -> None:
         wanted: defaultdict[tuple[int, int], list[int]] = defaultdict(list)  # (session, push)
-        for ask in self._intake.next(self._job.engine.rounds.would_close):
+        rounds = self._job.engine.rounds
+        for ask in self._intake.next(rounds.would_close, rounds.would_keep):
             peer = self._roster.of_rank(ask.rank)
             assert peer is not None, "a peer that has gone was not forgotten"
             push = self._open[peer.session, ask.bucket].pushed.seq
@@ -235,7 +246,10 @@ class Courier:
                 break
             item = queue.popleft()
             frames = self._frames(peer, item) if isinstance(item, _Answer) else [m.encode(item)]
+            if isinstance(item, m.Ok):
+                self._pulling.discard(session)
             if not self._router.send(peer.route, frames):
+                self._unreachable.append(session)
                 peer = None
         if not queue or peer is None:
             del self._outbox[session]
@@ -252,31 +266,34 @@ class Courier:
         """Made at the last moment: what waits for room takes none."""
         job, bucket = self._job, answer.bucket
         spec = job.layout.buckets[bucket]
-        version = int(job.control.seq[bucket]) >> 1
-        coded = self._deltas is not None and not answer.whole
+        data, coded = self._data(peer, answer)
         header = m.Weights(
             bucket=bucket,
-            version=version,
+            version=int(job.control.seq[bucket]) >> 1,
             closed=int(job.control.closed[bucket]),
             push=answer.push,
             outcome=int(answer.outcome),
             coded=coded,
         )
         steps = job.control.steps[spec.pieces.start : spec.pieces.stop]
-        data = self._delta(peer, bucket, version) if coded else self._values(peer, answer)
         return [m.encode(header), steps.tobytes(), data.data]
 
+    def _data(self, peer: Peer, answer: _Answer) -> tuple[Bytes, bool]:
+        """What a peer is sent of a bucket, and whether that is an encoded difference."""
+        if self._held is not None:
+            return self._held.answer(peer.session, answer.bucket, whole=answer.whole)
+        if self._deltas is not None and not answer.whole:
+            assert peer.base is not None
+            delta = self._deltas.encode(answer.bucket, self._job.store.weights.bytes, peer.base)
+            if delta is not None:
+                return delta, True
+        return self._values(peer, answer), False
+
     def _values(self, peer: Peer, answer: _Answer) -> Bytes:
-        """A bucket as it is, or as all who are in step with the peer hold it."""
         spec = self._job.layout.buckets[answer.bucket]
-        place = slice(spec.byte, spec.byte + spec.nbytes)
         weights = self._job.store.published(answer.bucket)
-        if self._sent is not None:
-            if self._is_alone(peer):
-                self._sent[place] = weights
-            return self._copy(self._sent[place])
         if peer.base is not None:
-            peer.base[place] = weights
+            peer.base[spec.byte : spec.byte + spec.nbytes] = weights
         # The answer to a push cannot change before it has left: the peer pushes again only then.
         return weights if answer.push is not None else self._copy(weights)
 
@@ -285,20 +302,6 @@ class Courier:
         self._copies = [ref for ref in self._copies if ref() is not None]
         self._copies.append(weakref.ref(copied))
         return copied
-
-    def _delta(self, peer: Peer, bucket: int, version: int) -> Bytes:
-        assert self._deltas is not None
-        now = self._job.store.weights.bytes
-        if self._sent is None:
-            assert peer.base is not None
-            return self._deltas.encode(bucket, now, peer.base)
-        last = self._last.get(bucket)
-        if last is None or last[0] != version:
-            last = self._last[bucket] = version, self._deltas.encode(bucket, now, self._sent)
-        return last[1]
-
-    def _is_alone(self, peer: Peer) -> bool:
-        return all(p is peer or p.slots is not None or not p.declared for p in self._roster)
 
 
 def _checks(plan: Plan) -> dict[int, list[tuple[str, int, native.Encoding]]]:

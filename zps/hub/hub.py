@@ -135,6 +135,10 @@ class Hub:
         self._job.engine.flush()
         if self._courier is not None:
             self._courier.turn()
+            for session in self._courier.unreachable():
+                peer = self._roster.of_session(session)
+                if peer is not None:
+                    self._lose(peer, "it does not take its messages")
         self._ask(self._job)
         if self._entering:
             self._let_in(self._job)
@@ -417,9 +421,8 @@ class Hub:
         payload, inline = payload[: push.hypers + push.absent], payload[push.hypers + push.absent :]
         self._check_push(job, peer, push, payload)
         absent = _array(payload[-1], np.uint32).tolist() if push.absent else ()
-        if push.hypers:
-            peer.hypers = job.new_hypers(bytes(payload[0]))
-        assert peer.hypers is not None
+        hypers = job.new_hypers(bytes(payload[0])) if push.hypers else peer.hypers
+        assert hypers is not None
         slots, base = peer.slots, 0
         if self._keeps_base:
             base = slots.address + job.store.plan.total_bytes if slots else peer.base_address
@@ -436,8 +439,9 @@ class Hub:
             finite=push.finite,
             hold=push.hold,
             absent=frozenset(absent),
-            hypers=peer.hypers,
+            hypers=hypers,
             remote=slots is None,
+            base=peer.base,
         )
         if slots is None:
             self._remote(peer).push(peer, pushed, push, inline)
@@ -445,6 +449,7 @@ class Hub:
             raise ProtocolError("a push with a payload, from a worker that shares its memory")
         else:
             job.engine.push(pushed, push.buckets, push.bases)
+        peer.hypers = hypers
 
     def _remote(self, peer: Peer) -> Courier:
         self._declared(peer)

@@ -64,6 +64,7 @@ class Pushed:
     absent: frozenset[int]
     hypers: Hypers
     remote: bool = False  # it came in messages, and is answered by one
+    base: NDArray[np.uint8] | None = None  # keeps what base_address names, if that is not in slots
 
 
 @dataclass(slots=True, eq=False)

@@ -43,23 +43,29 @@ class Deltas:
             for bucket in plan.layout.buckets
         ]
 
-    def encode(self, bucket: int, now: Bytes, sent: Bytes) -> Bytes:
+    def encode(self, bucket: int, now: Bytes, sent: Bytes) -> Bytes | None:
         """What brings a receiver from `sent` to `now`; `sent` is then what it will hold.
 
         now, sent  weights arenas, of which one bucket is looked at
-        Returns plan.bucket_nbytes[bucket] bytes.
+        Returns plan.bucket_nbytes[bucket] bytes; None where a difference is not finite: `sent` is
+        then the values themselves, which have to be sent as they are.
         """
         self._encoded += 1
         out = np.zeros(int(self._plan.bucket_nbytes[bucket]), np.uint8)
         address, here, there = (int(a.ctypes.data) for a in (out, now, sent))
         for number, piece in enumerate(self._buckets[bucket]):
             if piece.is_coded:
-                piece.encoding.encode_delta(
+                _, finite = piece.encoding.encode_delta(
                     here + piece.byte,
                     there + piece.byte,
                     address + piece.offset,
                     seed=self._encoded << 16 | number & 0xFFFF,
                 )
+                if not finite:
+                    spec = self._plan.layout.buckets[bucket]
+                    place = slice(spec.byte, spec.byte + spec.nbytes)
+                    sent[place] = now[place]
+                    return None
             else:
                 size = piece.encoding.nbytes
                 value = now[piece.byte : piece.byte + size]

@@ -93,7 +93,7 @@ class Router:
                 return sent
             queue = self._queues.setdefault(peer, deque())
         size = sum(len(frame) for frame in frames)
-        if self._queued_bytes.get(peer, 0) + size > MAX_QUEUED_BYTES:
+        if queue and self._queued_bytes.get(peer, 0) + size > MAX_QUEUED_BYTES:
             self.forget(peer)
             return False
         queue.append(list(frames))
@@ -154,6 +154,7 @@ class Dealer:
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.socket.connect(address)
         self.address = address
+        self._cut = False
 
     def send(self, frames: Sequence[Frame], timeout_s: float) -> None:
         """Send; raises HubUnreachable when the hub has taken nothing for `timeout_s` seconds."""
@@ -180,8 +181,9 @@ class Dealer:
         return [header, *_payload(self.socket, bool(self.socket.getsockopt(zmq.RCVMORE)))]
 
     def is_cut(self) -> bool:
-        """Whether the connection has ended since the last call."""
-        return bool(_ended(self.monitor))
+        """Whether the connection has ended, if only for a while."""
+        self._cut = bool(_ended(self.monitor)) or self._cut
+        return self._cut
 
     def close(self) -> None:
         _close(self.socket, self.monitor)  # the goodbye may leave, a dead hub does not hold us

@@ -57,7 +57,8 @@ class Channel:
         self._owners = np.array([part.param for part in shard.parts], np.uint32)
         self._is_whole = self._owners.tolist() == list(range(shard.total))
         session.received = 1
-        self.aliased = aliased
+        in_step = settings.mode == "bsp" and settings.quorum == 1
+        self.aliased = aliased and (attach.control is not None or in_step)  # else it has to fetch
         plan = Plan.build(layout, settings.push_codecs, settings.compression_min_bytes)
         self.link: Link
         if attach.control is not None:

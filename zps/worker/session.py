@@ -190,6 +190,7 @@ class Session:
         while True:
             frames = self._receive(min(0.1, max(0.0, deadline - time.monotonic())))
             if frames is None:
+                self._serve_neighbours()
                 self.check_alive()
                 if time.monotonic() >= deadline:
                     return None
@@ -199,6 +200,17 @@ class Session:
                 deadline = max(deadline, time.monotonic() + timeout_s)  # it moves on
             if getattr(answer, "seq", None) == seq:
                 return answer, frames[1:]
+
+    def _serve_neighbours(self) -> None:
+        """What their hubs ask for may be what the answer waits for."""
+        for other in self.neighbours:
+            # Without waiting: another thread that has the lock serves it itself.
+            if not other._closed and other._lock.acquire(blocking=False):
+                try:
+                    while other.take(0.0):
+                        pass
+                finally:
+                    other._lock.release()
 
     def collect(self, count: int) -> None:
         """Take messages until `count` have come since the declaration; raises what they refuse.
@@ -269,8 +281,11 @@ class Session:
             with self._lock:
                 if not self._dealer.is_cut():
                     return
-                self._hear_out()
-            self._closed = f"the connection to the hub at {self.address} has ended"
+                try:
+                    self._hear_out()
+                finally:
+                    ended = f"the connection to the hub at {self.address} has ended"
+                    self._closed = self._closed or ended
             raise HubLost(f"{self._closed}. If the hub lives, it has given this worker up.")
         if readable(self._pidfd, patience_s):
             with self._lock:
