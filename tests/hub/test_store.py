@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.hub.bench import SIZES, Bench
+from tests.hub.bench import SIZES, WORLD, Bench
 from zps.errors import OutOfMemory, ProtocolError
+from zps.hub.store import Update
 from zps.memory import segment
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -218,3 +219,15 @@ def test_a_foreign_rules_state_goes_through_as_it_is():
             bench.store.read_foreign(param)
     with pytest.raises(ProtocolError, match="this rule has \\[\\]"):
         bench.store.read_state("exp_avg", 0)
+
+
+def test_an_average_that_waits_is_not_overwritten_by_the_next_round():
+    bench = Bench("add")
+    pushed = [bench.push(rank, flush=False) for rank in range(WORLD)]
+    first, second = (Update(0, round_, tuple(pushed)) for round_ in range(2))
+    assert bench.store.accumulate(first)
+    assert not bench.store.accumulate(second)
+    bench.store.vacate(second)  # which did not lie in it
+    assert not bench.store.accumulate(second)
+    bench.store.vacate(first)
+    assert bench.store.accumulate(second)

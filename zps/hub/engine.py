@@ -190,6 +190,7 @@ class Engine:
         for update in updates:
             # Ordered before the words by the release in native.post.
             self._control.closed[update.bucket] = update.round + 1
+            self.store.vacate(update)
             for pushed in update.contributions:
                 self._post(pushed, update.bucket, outcome)
 

@@ -14,7 +14,7 @@ from zps import native
 from zps.codec.plan import Plan
 from zps.codec.spec import Compression
 from zps.core.layout import Layout
-from zps.errors import ProtocolError
+from zps.errors import OutOfMemory, ProtocolError
 from zps.memory.cast import from_float32, to_float32
 from zps.memory.control import Control
 from zps.memory.segment import Segment, ensure_available, private_floats
@@ -127,6 +127,7 @@ class Store:
         self._masters = self._make_masters()
         self._state: dict[str, Floats] = {}
         self._accumulator: Floats | None = None
+        self._occupied: set[int] = set()  # buckets whose average lies in it
         self._buckets = [self._prepare(index) for index in range(len(layout.buckets))]
         self._foreign: ForeignRule | None = None
         if self.rule is not None:
@@ -165,18 +166,28 @@ class Store:
     def accumulate(self, update: Update) -> bool:
         """Average the contributions now, so that their memory can go before they are applied.
 
-        There is one accumulator, so no bucket may have two updates waiting. False, and nothing is
-        done, where gradients are not float32 or nobody has one.
+        There is one accumulator. False, and nothing is done, where another update of the bucket
+        lies in it, where gradients are not float32, nobody has one, or there is no memory for it.
         """
+        if self._accumulator is None:
+            try:
+                self._accumulator = private_floats(self.layout.flat_elements, "the accumulator")
+            except OutOfMemory:
+                return False
         spec = self.layout.buckets[update.bucket]
-        loaded = self._load(update, 1.0) if spec.dtype == "float32" else None
+        usable = spec.dtype == "float32" and update.bucket not in self._occupied
+        loaded = self._load(update, 1.0) if usable else None
         if loaded is None:
             return False
-        if self._accumulator is None:
-            self._accumulator = private_floats(self.layout.flat_elements, "the accumulator")
         native.reduce(self._pool, [loaded[0]], [self._accumulated(update.bucket)])
+        self._occupied.add(update.bucket)
         update.reduced = True
         return True
+
+    def vacate(self, update: Update) -> None:
+        """The update is done: the next one of its bucket may be averaged ahead."""
+        if update.reduced:
+            self._occupied.discard(update.bucket)
 
     @property
     def steps_whole_rounds(self) -> bool:
