@@ -271,7 +271,8 @@ def test_work_is_done_when_all_have_pushed(hub):
         works = [workers[2].push(ones()), workers[0].push(ones())]
         assert not any(work.done() for work in works)
         workers[1].push(ones()).wait()
-        assert all(work.done() for work in works)
+        while not all(work.done() for work in works):  # an answer of their own may be on its way
+            pass
         assert works[0].outcomes == ()
         assert set(works[0].wait().outcomes) == {Outcome.APPLIED}
 

@@ -8,7 +8,7 @@ each consumed bucket with its new weights.
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -83,7 +83,7 @@ class Courier:
         self._copies: list[weakref.ref[NDArray[np.uint8]]] = []  # gone once they have left
         self._open: dict[tuple[int, int], _Announced] = {}  # by (session, bucket)
         self._outbox: defaultdict[int, deque[_Answer | m.Message]] = defaultdict(deque)
-        self._pulling: set[int] = set()  # sessions whose pull is being answered
+        self._pulling: Counter[int] = Counter()  # buckets that each session still waits for
         self._unreachable: list[int] = []
 
     # --- from workers -------------------------------------------------------------------------
@@ -135,9 +135,9 @@ class Courier:
         for bucket in pull.buckets:
             if bucket >= len(self._job.layout.buckets):
                 raise ProtocolError(f"no bucket {bucket}")
-        if peer.session in self._pulling or len(set(pull.buckets)) != len(pull.buckets):
-            raise ProtocolError("a pull that names a bucket twice, or before the last was answered")
-        self._pulling.add(peer.session)
+        if self._pulling[peer.session] + len(pull.buckets) > len(self._job.layout.buckets):
+            raise ProtocolError("pulls of more buckets than there are, before they were answered")
+        self._pulling[peer.session] += len(pull.buckets)
         self._outbox[peer.session] += [
             _Answer(bucket, None, whole=pull.whole) for bucket in pull.buckets
         ]
@@ -156,7 +156,7 @@ class Courier:
         """The peer has gone: nothing comes from it, nothing goes to it."""
         self._intake.forget(peer.rank)
         self._outbox.pop(peer.session, None)
-        self._pulling.discard(peer.session)
+        del self._pulling[peer.session]
         if self._held is not None:
             self._held.forget(peer.session)
         for key in [key for key in self._open if key[0] == peer.session]:
@@ -246,8 +246,8 @@ class Courier:
                 break
             item = queue.popleft()
             frames = self._frames(peer, item) if isinstance(item, _Answer) else [m.encode(item)]
-            if isinstance(item, m.Ok):
-                self._pulling.discard(session)
+            if isinstance(item, _Answer) and item.push is None:
+                self._pulling[session] -= 1
             if not self._router.send(peer.route, frames):
                 self._unreachable.append(session)
                 peer = None

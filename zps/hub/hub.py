@@ -139,6 +139,8 @@ class Hub:
                 peer = self._roster.of_session(session)
                 if peer is not None:
                     self._lose(peer, "it does not take its messages")
+        if self._job is None:
+            return  # that was the last one
         self._ask(self._job)
         if self._entering:
             self._let_in(self._job)
