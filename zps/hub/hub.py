@@ -130,20 +130,21 @@ class Hub:
         self._flush()
 
     def _flush(self) -> None:
-        if self._job is None:
+        job = self._job
+        if job is None:
             return
-        self._job.engine.flush()
+        job.engine.flush()
         if self._courier is not None:
             self._courier.turn()
             for session in self._courier.unreachable():
                 peer = self._roster.of_session(session)
                 if peer is not None:
                     self._lose(peer, "it does not take its messages")
-        if self._job is None:
+        if self._job is not job:
             return  # that was the last one
-        self._ask(self._job)
+        self._ask(job)
         if self._entering:
-            self._let_in(self._job)
+            self._let_in(job)
 
     @property
     def _has_backlog(self) -> bool:
