@@ -52,6 +52,7 @@ def test_a_round_closes_with_that_share_of_the_workers(crew: Crew, quorum, neede
         for count, worker in enumerate(workers[:needed], start=1):
             works.append(worker.push({"w": torch.full((4,), 10.0**worker.rank)}))
             worker.stats()  # the hub has the push when it answers
+            workers[0].stats()  # and what it told this one before has come, too
             assert works[0].done() == (count >= needed)
         for work in works:
             assert work.wait().outcomes == (Outcome.APPLIED,)
