@@ -60,12 +60,17 @@ class Life:
         self._works.clear()
         return self.weights()
 
-    def train(self, rounds: int) -> None:
+    def train(self, rounds: int, value: float = 1.0) -> None:
         for _ in range(rounds):
-            self.push()
+            self.push(value=value)
             for work in self._works:
                 work.wait()
             self._works.clear()
+
+    def train_up_to(self, limit: float) -> None:
+        """Train until a weight has reached the limit; in step all see it after the same round."""
+        while self.weights()["a"] < limit:
+            self.train(1)
 
     def done(self) -> bool:
         return all(work.done() for work in self._works)
