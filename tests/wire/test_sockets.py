@@ -165,3 +165,34 @@ def test_the_host_is_the_boot_and_the_pid_namespace():
     boot, namespace = host_id().split("/")
     assert boot == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     assert os.readlink("/proc/self/ns/pid") == f"pid:[{namespace}]"
+
+
+CROWDED = """
+import sys, zmq
+from zps.wire import sockets
+sockets.HEARTBEAT_MS = 200
+router = sockets.Router(zmq.Context(), sys.argv[1], 4096)
+print("listening", flush=True)
+sys.stdin.readline()  # the peer that sent too much has left
+router.monitor.poll(5 * sockets.HEARTBEAT_MS)  # for the heartbeats that would be due
+received = 0
+while router.socket.poll(100) and router.receive():
+    received += 1
+print("alive after", received, flush=True)
+"""
+
+
+def test_a_hub_outlives_a_peer_that_leaves_while_its_messages_wait(context, address):
+    command = [sys.executable, "-c", CROWDED, address]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as hub:
+        assert hub.stdout is not None
+        assert hub.stdout.readline() == "listening\n"
+        dealer = Dealer(context, address, 4096)
+        while dealer.socket.poll(100, zmq.POLLOUT):  # until everything on the way is full
+            dealer.try_send([bytes(4000)])
+        dealer.close()
+        context.term()
+        answer, _ = hub.communicate("it has left\n", PATIENCE_S)
+        assert answer.startswith("alive after ")
+        assert hub.returncode == 0

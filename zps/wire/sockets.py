@@ -50,6 +50,7 @@ class Router:
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
         self.socket.setsockopt(zmq.HANDSHAKE_IVL, 2000)
+        self.socket.setsockopt(zmq.RCVHWM, HWM)
         try:
             self.socket.bind(address)
         except zmq.ZMQError as error:
@@ -150,6 +151,13 @@ class Dealer:
         self.socket = context.socket(zmq.DEALER)
         _common(self.socket, max_bytes, address)
         self.socket.setsockopt(zmq.IMMEDIATE, 1)
+        # Only this end sends heartbeats, and it never stops reading. An end of libzmq that does
+        # both aborts its process, if a peer ends while it does not read: the heartbeat is sent to
+        # what is no connection any more ("Assertion failed: !_io_error").
+        self.socket.setsockopt(zmq.RCVHWM, 0)
+        self.socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10 * HEARTBEAT_MS)
+        self.socket.setsockopt(zmq.HEARTBEAT_TTL, 10 * HEARTBEAT_MS)  # the hub's patience
         self.socket.setsockopt(zmq.ROUTING_ID, b"w" + os.urandom(15))
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.socket.connect(address)
@@ -228,7 +236,4 @@ def _common(socket: zmq.Socket[bytes], max_bytes: int, address: str) -> None:
         socket.setsockopt(zmq.RCVBUF, _LOCAL_BUFFER_BYTES)
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes + SLACK_BYTES)
     socket.setsockopt(zmq.SNDHWM, HWM)
-    socket.setsockopt(zmq.RCVHWM, HWM)
     socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10 * HEARTBEAT_MS)
