@@ -39,6 +39,15 @@ std::vector<float*> float_pointers(const std::vector<Address>& addresses) {
   return pointers;
 }
 
+/// Where a C-contiguous array lies. Python objects come no further than this.
+Address address_of(const py::handle& array) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(array.ptr(), &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  const auto address = reinterpret_cast<Address>(view.buf);
+  PyBuffer_Release(&view);
+  return address;
+}
+
 void bind_engine(py::module_& m) {
   py::class_<Pool>(m, "Pool")
       .def(py::init<unsigned>())
@@ -153,6 +162,7 @@ void bind_roofline(py::module_& m) {
 }
 
 void bind_words(py::module_& m) {
+  m.def("address", &address_of);
   m.def("wait",
         [](Address signal, Address words, Address index, Address targets, std::size_t count,
            Address mail, std::uint32_t mail_seen, std::int64_t spin_ns, std::int64_t timeout_ns) {

@@ -82,6 +82,7 @@ def move(
     isa: int,
     /,
 ) -> None: ...
+def address(array: object, /) -> int: ...
 def wait(
     signal: int,
     words: int,

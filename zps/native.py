@@ -134,8 +134,10 @@ class Pool:
 class Job:
     """What one application to one bucket reads and writes.
 
-    Make it once; set the fields of the second part for every round. Pointers are for the bucket's
-    first element, `elements` long.
+    Make it once; set the fields of the second part for every round. What is checked once is not
+    looked at again until another object takes its place: replace state_ptrs, hypers and steps, or
+    change what steps and hypers hold, but not their shape. Pointers are for the bucket's first
+    element, `elements` long.
 
     rule         kernel id, from RULES
     segments     (k,) SEGMENT, disjoint
@@ -184,6 +186,8 @@ class Job:
     _groups: int = field(init=False, repr=False)
     _params: int = field(init=False, repr=False)
     _native: _core.Job = field(init=False, repr=False)
+    _checked: tuple[object, object, object] = field(init=False, repr=False, default=(None,) * 3)
+    _addresses: tuple[int, int] = field(init=False, repr=False, default=(0, 0))
 
     def __post_init__(self) -> None:
         self._facts = facts = _facts(self.rule)
@@ -233,22 +237,41 @@ class Job:
 
     def _load(self) -> _core.Job:
         """Check the round's fields and hand them to the core."""
-        facts, itemsize = self._facts, self._itemsize
-        if not self.slots:
+        states, hypers, steps = self._checked
+        if states is not self.state_ptrs or hypers is not self.hypers or steps is not self.steps:
+            self._check_lasting()
+        slots, itemsize = self.slots, self._itemsize
+        if not slots:
             raise ValueError("a job needs at least one slot")
-        if self.scales and len(self.scales) != len(self.slots):
-            raise ValueError(f"{len(self.scales)} scales for {len(self.slots)} slots")
-        for slot in self.slots:
+        if self.scales and len(self.scales) != len(slots):
+            raise ValueError(f"{len(self.scales)} scales for {len(slots)} slots")
+        for slot in slots:
             _check_pointer(slot, itemsize, "slot")
         if self.base_ptr:
             _check_pointer(self.base_ptr, itemsize, "base_ptr")
+        if not self.divisor > 0:
+            raise ValueError(f"the divisor must be positive, not {self.divisor}")
+        self._native.set_round(
+            self.state_ptrs,
+            slots,
+            self.scales,
+            self.divisor,
+            *self._addresses,
+            self.coef,
+            self.lr_factor,
+            self.dc_lambda,
+            self.base_ptr,
+        )
+        return self._native
+
+    def _check_lasting(self) -> None:
+        """What stays as it is over many rounds."""
+        facts = self._facts
         if len(self.state_ptrs) > len(facts.states):
             raise ValueError(f"{len(self.state_ptrs)} states; the rule has {facts.states}")
         for state in self.state_ptrs:
             if state:
                 _check_pointer(state, 4, "state")
-        if not self.divisor > 0:
-            raise ValueError(f"the divisor must be positive, not {self.divisor}")
         _check_array(self.steps, _INT64, (None,), "steps")
         assert self.steps is not None
         if len(self.steps) < self._params:
@@ -260,19 +283,9 @@ class Job:
                 raise ValueError(
                     f"{len(self.hypers)} rows of hypers; segments name group {self._groups - 1}"
                 )
-        self._native.set_round(
-            self.state_ptrs,
-            self.slots,
-            self.scales,
-            self.divisor,
-            _address(self.hypers) if facts.hypers and self.hypers is not None else 0,
-            _address(self.steps),
-            self.coef,
-            self.lr_factor,
-            self.dc_lambda,
-            self.base_ptr,
-        )
-        return self._native
+        has_hypers = facts.hypers and self.hypers is not None
+        self._addresses = (_address(self.hypers) if has_hypers else 0, _address(self.steps))
+        self._checked = (self.state_ptrs, self.hypers, self.steps)
 
 
 def apply(pool: Pool, jobs: Sequence[Job], isa: str | None = None) -> None:
@@ -620,9 +633,7 @@ def _facts(kernel: int) -> RuleFacts:
     return _BY_KERNEL[kernel]
 
 
-def _address(array: NDArray[np.generic]) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
+_address = _core.address
 
 
 def _check_dtype(dtype: int) -> None:
@@ -635,17 +646,17 @@ def _check_pointer(address: int, alignment: int, what: str) -> None:
         raise ValueError(f"{what} {address:#x} is null or not aligned to {alignment} bytes")
 
 
+def _fits(want: int | None, have: int) -> bool:
+    return want is None or want == have
+
+
 def _check_array(
     array: object, dtype: np.dtype[Any], shape: tuple[int | None, ...], what: str
 ) -> None:
     """Raise ValueError unless this is a C-contiguous array of the dtype and shape (None: any)."""
-    if (
-        isinstance(array, np.ndarray)
-        and array.dtype == dtype
-        and array.flags.c_contiguous
-        and len(array.shape) == len(shape)
-        and all(want is None or want == have for want, have in zip(shape, array.shape, strict=True))
-    ):
-        return
+    if isinstance(array, np.ndarray) and array.dtype == dtype and array.flags.c_contiguous:
+        have = array.shape
+        if have == shape or (len(have) == len(shape) and all(map(_fits, shape, have))):
+            return
     given = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else repr(array)
     raise ValueError(f"{what} must be a C-contiguous array of {dtype} {shape}, not {given}")

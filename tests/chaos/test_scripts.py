@@ -72,7 +72,7 @@ class Script:
         assert line == "ready\n", process.communicate()
         (self.hub,) = job_processes(runtime_dir) - {process.pid}
         self.memory = segments(self.hub)
-        assert len(self.memory) == 3  # control, weights, slots
+        assert len(self.memory) == 4  # control, weights, slots, bell
         assert holders(self.memory) == {process.pid, self.hub}
 
     def go_on(self) -> None:

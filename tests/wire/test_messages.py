@@ -42,8 +42,13 @@ EXAMPLES: list[m.Message] = [
     m.Welcome(
         protocol=1, epoch=1, session=2, rank=3, world_size=4, pid=5, host="h/1", settings=SETTINGS
     ),
-    m.Attach(seq=1, control=AT, weights=AT, slots=AT, first_round=9, formed=True),
-    m.Attach(seq=1, control=None, weights=None, slots=None, first_round=0, formed=False),
+    m.Attach(
+        seq=1, control=AT, weights=AT, slots=AT, bell=AT, doorway=5, first_round=9, formed=True
+    ),
+    m.Attach(
+        seq=1, control=None, weights=None, slots=None, bell=None, doorway=None, first_round=0,
+        formed=False,
+    ),
     m.Partial(round=7, norm_sq=0.0, finite=False),
     m.Ok(seq=1),
     m.Fetch(push=3 << 32, buckets=[0, 5]),

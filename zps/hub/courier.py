@@ -167,6 +167,8 @@ class Courier:
     def turn(self) -> None:
         """Answer what has been consumed, ask for what there is room for, send what can be sent."""
         engine = self._job.engine
+        if not (self._open or self._outbox or engine.released or engine.consumed):
+            return  # nobody is served by messages
         for pushed, bucket in engine.released:
             self._intake.consumed(pushed.rank, pushed.round, bucket)
         engine.released.clear()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,7 +27,8 @@ from zps.hub.docket import Findings
 from zps.hub.engine import Engine, Policy
 from zps.hub.job import Declaration, Job, Peer, Refused, ResolveRule
 from zps.hub.roster import Roster
-from zps.hub.store import Pushed, Store
+from zps.hub.store import Hypers, Pushed, Store
+from zps.memory.bell import Bell, Doorway, Ring
 from zps.memory.control import Control
 from zps.memory.segment import Segment, private_bytes
 from zps.wire import messages as m
@@ -66,6 +67,8 @@ class Hub:
         self._poller = zmq.Poller()
         self._poller.register(router.socket, zmq.POLLIN)
         self._poller.register(router.monitor, zmq.POLLIN)
+        self._doorway = Doorway()
+        self._poller.register(self._doorway.inner, zmq.POLLIN)
         self._watches: dict[Watched, Callable[[], None]] = {}
         self._stopping = ""
         self._last_beat = 0.0
@@ -79,9 +82,11 @@ class Hub:
         try:
             while not self._stopping:
                 timeout_ms = _POLL_BACKLOG_MS if self._has_backlog else int(_BEAT_S * 1000)
-                readable = self._poller.poll(timeout_ms)
-                self._serve()  # first: what a worker sent before it died counts
-                for fd, _ in readable:
+                readable = dict(self._poller.poll(timeout_ms))
+                only_knocks = readable.keys() == {self._doorway.inner}
+                # First: what a worker sent before it died counts.
+                self._serve(0 if only_knocks else _TURN_MESSAGES)
+                for fd in readable:
                     if fd in self._watches:
                         self._watches[fd]()
                     elif fd is self._router.monitor:
@@ -117,17 +122,29 @@ class Hub:
         self._awaiting_rank0: list[tuple[Peer, m.Declare, Sequence[Frame]]] = []
         self._entering: list[tuple[Peer, int]] = []  # (newcomer, its request)
         self._replace_by: dict[int, float] = {}  # dead rank -> until when the others wait for it
+        self._knocked: set[int] = set()  # ranks whose bell has yet to be looked at
 
-    def _serve(self) -> None:
-        """Take everything that has come; pushes that come together are applied together."""
-        for _ in range(_TURN_MESSAGES):
+    def _serve(self, messages: int) -> None:
+        """Take what has come, at most so many messages; pushes that come together are applied
+        together."""
+        for _ in range(messages):
             frames = self._router.receive()
             if frames is None:
                 break
             self._asked = None
             route = bytes(frames[0])
             self._guarded(route, partial(self._on_message, route, frames[1:]))
+        self._knocked |= self._doorway.knocks()
+        if self._knocked:
+            self._answer_knocks()
         self._flush()
+
+    def _answer_knocks(self) -> None:
+        knocked, self._knocked = self._knocked, set()
+        for rank in knocked:
+            peer = self._roster.of_rank(rank)
+            if peer is not None:
+                self._guarded(peer.route, partial(self._take_ring, peer))
 
     def _flush(self) -> None:
         job = self._job
@@ -157,6 +174,7 @@ class Hub:
         self._last_beat = now
         if self._job is not None:
             self._job.control.beat(time.monotonic_ns())
+        self._knocked |= {peer.rank for peer in self._roster}  # a knock may have been lost
         for rank, deadline in self._replace_by.items():
             if now > deadline:
                 self.stop(f"no replacement for rank {rank} came in {self.settings.timeout_s:g} s")
@@ -176,6 +194,7 @@ class Hub:
         if self._job is not None:
             self._job.close()
         self._router.close()
+        self._doorway.close()
         self._pool.close()
 
     # --- messages -----------------------------------------------------------------------------
@@ -203,8 +222,10 @@ class Hub:
             return
         if not isinstance(message, m.Sessioned):
             raise ProtocolError(f"a {message.tag} message is for workers")
-        self._asked = message.seq
         peer = self._roster.sender(route, message)
+        self._guarded(route, partial(self._take_ring, peer))  # what was rung for before comes first
+        self._asked = message.seq
+        peer.heard = max(peer.heard, message.seq)
         if message.seq <= peer.last_seq:
             self._repeat(peer, message)
             return
@@ -356,10 +377,9 @@ class Hub:
                 nbytes = job.store.plan.total_bytes
                 nbytes += job.layout.arena_bytes if self._keeps_base else 0
                 peer.slots = Segment.create(f"slots-{peer.rank}", nbytes)
+                peer.bell = Bell.create(peer.rank, len(job.layout.buckets))
             return
-        if peer.slots is not None:  # it could not map what it was offered
-            peer.slots.close()
-            peer.slots = None
+        peer.share_nothing()  # it could not map what it was offered
         assert self._courier is not None
         if peer.base is None and (self._keeps_base or self._courier.remembers_peers()):
             peer.base = private_bytes(job.layout.arena_bytes, f"what rank {peer.rank} holds")
@@ -410,6 +430,8 @@ class Hub:
                 control=_at(job.control.segment) if peer.slots else None,
                 weights=_at(job.store.weights) if peer.slots else None,
                 slots=_at(peer.slots) if peer.slots else None,
+                bell=_at(peer.bell.segment) if peer.bell else None,
+                doorway=self._doorway.outer if peer.bell else None,
                 first_round=peer.first_round,
                 formed=self._roster.formed,
             ),
@@ -418,18 +440,55 @@ class Hub:
     # --- rounds -------------------------------------------------------------------------------
 
     def _on_push(self, peer: Peer, push: m.Push, payload: Sequence[Frame]) -> None:
-        job = self._declared(peer)
-        if not self._roster.formed:
-            raise Refused("not_formed", "a push before the initial weights were published")
+        job = self._formed(peer)
         payload, inline = payload[: push.hypers + push.absent], payload[push.hypers + push.absent :]
         self._check_push(job, peer, push, payload)
         absent = _array(payload[-1], np.uint32).tolist() if push.absent else ()
         hypers = job.new_hypers(bytes(payload[0])) if push.hypers else peer.hypers
         assert hypers is not None
+        pushed = self._pushed(job, peer, push, hypers, frozenset(absent))
+        if peer.slots is None:
+            self._remote(peer).push(peer, pushed, push, inline)
+        elif inline:
+            raise ProtocolError("a push with a payload, from a worker that shares its memory")
+        else:
+            job.engine.push(pushed, push.buckets, push.bases)
+        peer.hypers = hypers
+
+    def _take_ring(self, peer: Peer) -> None:
+        """Take the push that lies in a worker's bell, if it is a new one and its turn has come."""
+        bell = peer.bell
+        if bell is None or bell.rung <= peer.last_seq:
+            return
+        ring, bases = bell.read()
+        if ring.after > peer.heard:
+            self._knocked.add(peer.rank)  # a message that it sent before is still on its way
+            return
+        self._asked = peer.last_seq = peer.heard = ring.seq
+        job = self._formed(peer)
+        _check_weights(ring.samples, ring.grad_scale)
+        self._check_free(job, peer, range(len(bases)))
+        assert peer.hypers is not None
+        job.engine.push(self._pushed(job, peer, ring, peer.hypers), range(len(bases)), bases)
+
+    def _formed(self, peer: Peer) -> Job:
+        job = self._declared(peer)
+        if not self._roster.formed:
+            raise Refused("not_formed", "a push before the initial weights were published")
+        return job
+
+    def _pushed(
+        self,
+        job: Job,
+        peer: Peer,
+        push: m.Push | Ring,
+        hypers: Hypers,
+        absent: frozenset[int] = frozenset(),
+    ) -> Pushed:
         slots, base = peer.slots, 0
         if self._keeps_base:
             base = slots.address + job.store.plan.total_bytes if slots else peer.base_address
-        pushed = Pushed(
+        return Pushed(
             rank=peer.rank,
             session=peer.session,
             round=push.round,
@@ -441,18 +500,11 @@ class Hub:
             grad_scale=push.grad_scale,
             finite=push.finite,
             hold=push.hold,
-            absent=frozenset(absent),
+            absent=absent,
             hypers=hypers,
             remote=slots is None,
             base=peer.base,
         )
-        if slots is None:
-            self._remote(peer).push(peer, pushed, push, inline)
-        elif inline:
-            raise ProtocolError("a push with a payload, from a worker that shares its memory")
-        else:
-            job.engine.push(pushed, push.buckets, push.bases)
-        peer.hypers = hypers
 
     def _remote(self, peer: Peer) -> Courier:
         self._declared(peer)
@@ -465,12 +517,13 @@ class Hub:
             raise ProtocolError("a push whose frames do not match its header")
         if push.absent and len(payload[-1]) > 4 * len(job.layout.params):
             raise ProtocolError("a push with more absent parameters than there are")
-        weight = push.samples / push.grad_scale if push.grad_scale > 0 else -1.0
-        if push.samples != 0 and not (_in_range(push.samples) and _in_range(weight)):
-            raise ProtocolError(f"samples={push.samples}, grad_scale={push.grad_scale}")
+        _check_weights(push.samples, push.grad_scale)
         if len(set(push.buckets)) != len(push.buckets):
             raise ProtocolError("a push names a bucket twice")
-        for bucket in push.buckets:
+        self._check_free(job, peer, push.buckets)
+
+    def _check_free(self, job: Job, peer: Peer, buckets: Iterable[int]) -> None:
+        for bucket in buckets:
             assert self._courier is not None
             open_ = self._courier.is_open(peer.session, bucket)
             if open_ or job.engine.slot_busy(peer.session, bucket):
@@ -679,6 +732,12 @@ class Hub:
             self._deliver(peer, refusal)
         else:
             self._router.send(route, refusal)
+
+
+def _check_weights(samples: float, grad_scale: float) -> None:
+    weight = samples / grad_scale if grad_scale > 0 else -1.0
+    if samples != 0 and not (_in_range(samples) and _in_range(weight)):
+        raise ProtocolError(f"samples={samples}, grad_scale={grad_scale}")
 
 
 def _in_range(weight: float) -> bool:

@@ -18,6 +18,7 @@ from zps.core.staleness import StalenessPolicy
 from zps.errors import ConfigError, ProtocolError
 from zps.hub.engine import Engine, Policy
 from zps.hub.store import ForeignFactory, Hypers, Store, make_hypers
+from zps.memory.bell import Bell
 from zps.memory.control import Control
 from zps.memory.segment import Segment
 from zps.optim.base import Rule
@@ -55,6 +56,8 @@ class Peer:
     hypers: Hypers | None = None
     first_round: int = 0
     entered: bool = False  # it has been let in, and takes part in rounds
+    bell: Bell | None = None  # goes with slots
+    heard: int = 0  # the highest sequence number that has come, in a message or by the bell
     last_seq: int = 0
     last_reply: list[Frame] = field(default_factory=list)
 
@@ -65,8 +68,15 @@ class Peer:
     def close(self) -> None:
         if self.pidfd >= 0:
             os.close(self.pidfd)
+        self.share_nothing()
+
+    def share_nothing(self) -> None:
+        """Let go of the memory that both see; what was pushed and not yet applied keeps its own."""
         if self.slots is not None:
-            self.slots.close()  # what was pushed and not yet applied keeps its memory
+            self.slots.close()
+        if self.bell is not None:
+            self.bell.close()
+        self.slots = self.bell = None
 
 
 @dataclass(frozen=True, slots=True)

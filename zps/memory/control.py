@@ -111,7 +111,6 @@ class Control:
             raise ProtocolError("the shared memory does not belong to the hub that offered it")
 
 
-_OUTCOMES = {int(outcome): outcome for outcome in Outcome}
 _OUTCOME_MASK = np.uint64((1 << OUTCOME_BITS) - 1)
 _OUTCOME_SHIFT = np.uint64(OUTCOME_BITS)
 
@@ -126,9 +125,9 @@ def done_target(seqs: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return seqs << _OUTCOME_SHIFT
 
 
-def outcomes_of(words: NDArray[np.uint64]) -> tuple[Outcome, ...]:
-    """What became of the pushes that these words record."""
-    return tuple(map(_OUTCOMES.__getitem__, (words & _OUTCOME_MASK).tolist()))
+def outcomes_of(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """What became of the pushes that these words record, an `Outcome` each."""
+    return words & _OUTCOME_MASK
 
 
 def _words(world_size: int, buckets: int, pieces: int) -> int:

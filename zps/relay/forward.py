@@ -116,13 +116,11 @@ class Forward:
             together[update.round, pushes].append(update)
         for alike in together.values():
             info = self._info(alike[0].contributions)
-            for at in range(0, len(alike), m.MAX_PUSH_BUCKETS):
-                part = alike[at : at + m.MAX_PUSH_BUCKETS]
-                buckets = [update.bucket for update in part]
-                self._link.lay(buckets)
-                push = self._link.push(part[0].round, buckets, info)
-                self._link.has_left(buckets, info)
-                self._under_way |= {(push, update.bucket): update for update in part}
+            buckets = [update.bucket for update in alike]
+            self._link.lay(buckets)
+            seqs = self._link.push(alike[0].round, np.array(buckets, np.uint32), info).tolist()
+            self._link.has_left(buckets, info)
+            self._under_way |= dict(zip(zip(seqs, buckets, strict=True), alike, strict=True))
 
     def answered(self) -> list[tuple[Update, Outcome]]:
         """What has come back: the weights of these buckets lie in the arena."""

@@ -211,7 +211,7 @@ class Welcome(Message):
 
 
 class Attach(Message):
-    """The layout is accepted: where weights, slots and control lie, and the first round.
+    """The layout is accepted: where weights, slots, control and bell lie, and the first round.
 
     Without memory to share the worker keeps its own, and everything travels in messages.
     """
@@ -221,6 +221,8 @@ class Attach(Message):
     control: SegmentAt | None
     weights: SegmentAt | None
     slots: SegmentAt | None
+    bell: SegmentAt | None
+    doorway: U32 | None  # descriptor of a pipe, in the process of the bell
     first_round: U64
     formed: bool  # the job runs already: take its weights instead of publishing
 

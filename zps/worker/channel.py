@@ -71,6 +71,8 @@ class Channel:
         self._next_round = np.full(count, self.link.first_round, np.int64)
         self._last_seq = np.zeros(count, np.uint64)
         self._settled = np.zeros(count, np.uint64)  # the last whose outcome is known
+        self._is_settled = True  # all of them are
+        self._count = count
         self._replica = self._make_replica()
         self.encoder = Encoder(plan, self.link.slots, stream=session.rank)
         self.weights = [self._tensor(self._replica, i) for i in range(len(layout.params))]
@@ -106,6 +108,8 @@ class Channel:
 
     def wait_for_slots(self, buckets: NDArray[np.uint32]) -> None:
         """Return once these buckets may be encoded and written again."""
+        if self._is_settled:
+            return
         seqs = self._last_seq[buckets]
         if (self._settled[buckets] < seqs).any():
             self.link.wait(buckets, seqs, self._settings.timeout_s)
@@ -118,15 +122,19 @@ class Channel:
         """
         if info.absent is not None and not self._is_whole:
             info = self._with_own_absent(info, info.absent)
-        rounds = self._next_round[buckets]
+        at = self._where(buckets)
+        rounds = self._next_round[at]
         first = int(rounds[0]) if len(rounds) else 0
-        together = len(buckets) <= 1 or bool((rounds == first).all())
-        for number in (first,) if together else np.unique(rounds).tolist():
-            same = buckets if together else buckets[rounds == number]
-            for at in range(0, len(same), m.MAX_PUSH_BUCKETS):
-                part = same[at : at + m.MAX_PUSH_BUCKETS]
-                self._last_seq[part] = self.link.push(number, part.tolist(), info)
-            self._next_round[same] = number + 1
+        self._is_settled = False
+        if (rounds == first).all():
+            self._last_seq[at] = self.link.push(first, buckets, info)
+            self._next_round[at] = first + 1
+        else:
+            rounds = rounds.copy()  # it may be a view of what changes here
+            for number in np.unique(rounds).tolist():
+                same = buckets[rounds == number]
+                self._last_seq[same] = self.link.push(number, same, info)
+                self._next_round[same] = number + 1
         if info.finite and info.samples > 0:
             absent = () if info.absent is None else info.absent.tolist()
             self.encoder.commit(buckets, info.grad_scale, absent=absent)
@@ -134,6 +142,10 @@ class Channel:
             # It counts nothing, so that what was lost before is still to be sent.
             self.encoder.withhold(buckets)
         return Part(self.link, buckets, self._last_seq[buckets], self._settle)
+
+    def _where(self, buckets: NDArray[np.uint32]) -> NDArray[np.uint32] | slice:
+        """The same buckets as an index; of all, one that costs nothing to follow."""
+        return _EVERY if len(buckets) == self._count else buckets
 
     def refresh(self, buckets: Sequence[int] | NDArray[np.uint32] | None = None) -> None:
         """Copy the hub's weights here, where they are not views of them anyway."""
@@ -194,21 +206,21 @@ class Channel:
         self,
         buckets: NDArray[np.uint32],
         seqs: NDArray[np.uint64],
-        outcomes: Sequence[Outcome],
+        outcomes: NDArray[np.uint64],
     ) -> None:
         """What was encoded and came to nothing is fed back as if it had never left.
 
         Once for each push: whoever waits for it later may find a newer one encoded.
         """
-        new = seqs > self._settled[buckets]
-        self._settled[buckets[new]] = seqs[new]
-        lost = [
-            bucket
-            for bucket, outcome in zip(buckets[new], np.array(outcomes)[new], strict=True)
-            if outcome != Outcome.APPLIED
-        ]
-        if lost:
-            self.encoder.revert(lost)
+        at = self._where(buckets)
+        new = seqs > self._settled[at]
+        if not new.all():
+            at = buckets = buckets[new]
+            seqs, outcomes = seqs[new], outcomes[new]
+        self._settled[at] = seqs
+        self._is_settled = bool((self._settled == self._last_seq).all())
+        if outcomes.any():
+            self.encoder.revert(buckets[outcomes != Outcome.APPLIED].tolist())
 
     def _make_replica(self) -> NDArray[np.uint8]:
         if self.aliased or self.link.private:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zps.errors import GradientError
-from zps.memory.control import Outcome
+from zps.wire.messages import MAX_PUSH_BUCKETS
 
 
 def in_range(weight: float) -> bool:
@@ -38,6 +38,17 @@ class PushInfo:
                 f"samples={self.samples}, grad_scale={self.grad_scale}: a gradient's weight must "
                 "be 0 or from 1e-30 to 1e30, and so must its scale and their ratio"
             )
+
+
+def push_in_parts(
+    buckets: NDArray[np.uint32], push: Callable[[list[int]], int]
+) -> NDArray[np.uint64]:
+    """Push so many buckets at a time as one message can name; the sequence number of each."""
+    seqs = np.empty(len(buckets), np.uint64)
+    for at in range(0, len(buckets), MAX_PUSH_BUCKETS):
+        part = slice(at, at + MAX_PUSH_BUCKETS)
+        seqs[part] = push(buckets[part].tolist())
+    return seqs
 
 
 class Link(Protocol):
@@ -71,8 +82,11 @@ class Link(Protocol):
         """How often each piece of the layout has been updated; changes under the reader."""
         ...
 
-    def push(self, round_: int, buckets: list[int], info: PushInfo) -> int:
-        """Hand the slots of `buckets` over; returns the sequence number to wait for.
+    def push(
+        self, round_: int, buckets: NDArray[np.uint32], info: PushInfo
+    ) -> int | NDArray[np.uint64]:
+        """Hand the slots of `buckets` over; returns the sequence numbers to wait for: one for all,
+        or one each.
 
         The slots belong to the hub until `wait` has returned for them.
         """
@@ -93,8 +107,8 @@ class Link(Protocol):
         """Take what the hub has sent; if nothing has come, wait for it this long at most."""
         ...
 
-    def outcomes(self, buckets: NDArray[np.uint32]) -> tuple[Outcome, ...]:
-        """What became of the last push of each of `buckets` that was consumed."""
+    def outcomes(self, buckets: NDArray[np.uint32]) -> NDArray[np.uint64]:
+        """An `Outcome` for the last push of each of `buckets` that was consumed."""
         ...
 
     def fetch(self, buckets: Sequence[int] | NDArray[np.uint32]) -> None:

@@ -20,7 +20,7 @@ from zps.memory.deltas import Deltas
 from zps.memory.segment import private_bytes
 from zps.wire import messages as m
 from zps.wire.sockets import Frame
-from zps.worker.link import PushInfo
+from zps.worker.link import PushInfo, push_in_parts
 from zps.worker.session import Payload, Session
 
 INLINE_BYTES = 256 << 10  # a round trip costs more than a hub that holds as much of every worker
@@ -82,7 +82,10 @@ class MessageLink:
     def steps(self) -> NDArray[np.int64]:
         return self._steps
 
-    def push(self, round_: int, buckets: list[int], info: PushInfo) -> int:
+    def push(self, round_: int, buckets: NDArray[np.uint32], info: PushInfo) -> NDArray[np.uint64]:
+        return push_in_parts(buckets, lambda part: self._push(round_, part, info))
+
+    def _push(self, round_: int, buckets: list[int], info: PushInfo) -> int:
         payload: list[Frame] = [] if info.hypers is None else [info.hypers]
         payload += [] if info.absent is None else [info.absent.tobytes()]
         inline = int(self._plan.bucket_nbytes[buckets].sum()) <= INLINE_BYTES
@@ -131,7 +134,7 @@ class MessageLink:
         while self._session.take(timeout_s):
             timeout_s = 0.0
 
-    def outcomes(self, buckets: NDArray[np.uint32]) -> tuple[Outcome, ...]:
+    def outcomes(self, buckets: NDArray[np.uint32]) -> NDArray[np.uint64]:
         return outcomes_of(self._done[buckets])
 
     def fetch(self, buckets: Sequence[int] | NDArray[np.uint32]) -> None:

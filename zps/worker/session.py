@@ -60,6 +60,7 @@ class Session:
         self.address = address
         self.settings = settings
         self.received = 0  # messages since the declaration was answered, that one included
+        self.sent = 0  # the sequence number of the last message
         self._given_up = 0  # the count at which one of them did not come
         self.last_words: Callable[[], str] = str  # where the hub leaves the reason for its end
         self.on_payload: Callable[[Payload, list[Frame]], None] = _unexpected
@@ -143,6 +144,7 @@ class Session:
         """Send without waiting for an answer; raises HubLost when the hub takes nothing."""
         frames = [m.encode(message), *payload]
         with self._lock:
+            self.sent = message.seq
             waited = 0.0
             while not self._dealer.try_send(frames):
                 self._dealer.socket.poll(100, zmq.POLLOUT)

@@ -19,7 +19,7 @@ class Part(NamedTuple):
     link: Link
     buckets: NDArray[np.uint32]
     seqs: NDArray[np.uint64]
-    settle: Callable[[NDArray[np.uint32], NDArray[np.uint64], Sequence[Outcome]], None]
+    settle: Callable[[NDArray[np.uint32], NDArray[np.uint64], NDArray[np.uint64]], None]
     """Called once with the buckets, the pushes waited for, and what became of each."""
 
 
@@ -39,7 +39,7 @@ class Work:
         self._default_timeout_s = default_timeout_s
         self._finish: Callable[[], None] = lambda: None
         self._finished = False
-        self._outcomes: tuple[Outcome, ...] = ()
+        self._found: list[NDArray[np.uint64]] = []
 
     def wait(self, timeout_s: float | None = None) -> Work:
         """Return once the hub has taken the gradients and their effect is visible here.
@@ -53,10 +53,9 @@ class Work:
             deadline = time.monotonic() + limit
             for part in self._parts:
                 part.link.wait(part.buckets, part.seqs, max(0.0, deadline - time.monotonic()))
-            found = [part.link.outcomes(part.buckets) for part in self._parts]
-            for part, outcomes in zip(self._parts, found, strict=True):
+            self._found = [part.link.outcomes(part.buckets) for part in self._parts]
+            for part, outcomes in zip(self._parts, self._found, strict=True):
                 part.settle(part.buckets, part.seqs, outcomes)
-            self._outcomes = tuple(outcome for outcomes in found for outcome in outcomes)
             self._finish()
             self._finished = True
         return self
@@ -81,4 +80,4 @@ class Work:
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
         """What became of each pushed bucket; empty before `wait` has returned."""
-        return self._outcomes
+        return tuple(Outcome(code) for found in self._found for code in found.tolist())
