@@ -33,6 +33,7 @@ LEVELS = (
     ("codec",),
     ("core",),
     ("native",),
+    ("trace",),
     ("errors",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -160,6 +160,16 @@ def hub(
 
 
 @app.command()
+def trace(
+    path: Annotated[Path, typer.Argument(help="What ZPS_TRACE was set to.")],
+) -> None:
+    """Put the traces of all processes together, for https://ui.perfetto.dev or chrome://tracing."""
+    from zps.trace import join
+
+    print(f"{join(path)} processes in {path}")
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Check what zps needs of this machine; exit code 1 if something fails."""
     from zps.launch.doctor import examine

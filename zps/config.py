@@ -172,6 +172,9 @@ class Settings(BaseSettings):
     )
     checkpoint_dir: Path | None = Field(None, description="folder of the hub's checkpoints")
     key_dir: Path | None = Field(None, description="folder of the CURVE keys")
+    trace: Path | None = Field(
+        None, description="where each process writes the spans of its work, such as run.json"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe message that is logged"
     )

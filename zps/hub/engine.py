@@ -19,6 +19,7 @@ from zps.core.staleness import StalenessPolicy, lr_factor
 from zps.hub.docket import SKIP, Docket, Due, Findings, Question
 from zps.hub.store import Pushed, Store, Update
 from zps.memory.control import Control, Outcome, done_word
+from zps.trace import NO_TRACE, Tracer
 
 HandOver = Callable[[list[Update]], None]
 """Takes updates, no two of one bucket, whose gradients lie in their slots until `finish`."""
@@ -56,6 +57,7 @@ class Engine:
         store: Store,
         control: Control,
         policy: Policy,
+        tracer: Tracer = NO_TRACE,
         *,
         one_of_several: bool = False,
         hand_over: HandOver | None = None,
@@ -70,6 +72,7 @@ class Engine:
         self._control = control
         self._done_address = control.done_address(0)
         self._policy = policy
+        self._tracer = tracer
         self._hand_over = hand_over
         self.rounds = policy.rounds(len(store.layout.buckets))
         self._waiting: dict[tuple[int, int, int], Pushed] = {}  # by (rank, round, bucket)
@@ -178,12 +181,13 @@ class Engine:
         if self._posts:
             index, words = zip(*self._posts, strict=True)
             self._posts.clear()
-            native.post(
-                self._control.signal_address,
-                self._done_address,
-                np.array(index, np.uint32),
-                np.array(words, np.uint64),
-            )
+            with self._tracer.span("reply"):
+                native.post(
+                    self._control.signal_address,
+                    self._done_address,
+                    np.array(index, np.uint32),
+                    np.array(words, np.uint64),
+                )
 
     def finish(self, updates: Iterable[Update], outcome: Outcome) -> None:
         """Updates are done: their rounds close, and the next flush tells whoever pushed them."""
@@ -299,7 +303,8 @@ class Engine:
         self.finish(updates, Outcome.SKIPPED)
 
     def _apply(self, updates: list[Update], coef: float = 1.0) -> None:
-        self.store.apply(updates, coef)
+        with self._tracer.span("apply"):
+            self.store.apply(updates, coef)
         self.counters["updates"] += len(updates)
         self.finish(updates, Outcome.APPLIED)
 

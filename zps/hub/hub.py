@@ -31,6 +31,7 @@ from zps.hub.store import Hypers, Pushed, Store
 from zps.memory.bell import Bell, Doorway, Ring
 from zps.memory.control import Control
 from zps.memory.segment import Segment, private_bytes
+from zps.trace import Tracer
 from zps.wire import messages as m
 from zps.wire.sockets import Frame, Router, readable
 
@@ -50,6 +51,8 @@ _MAX_TEXT = 700  # a header holds 4 KiB, and a character up to 4 bytes
 class Hub:
     """One shard of one job at a time. `run` returns when it is stopped."""
 
+    role = "hub"  # in traces
+
     def __init__(
         self,
         settings: Settings,
@@ -62,6 +65,7 @@ class Hub:
         self._router = router
         self._resolve_rule = resolve_rule
         self._on_event = on_event
+        self._tracer = Tracer(settings.trace, self.role)
         self._keeps_base = settings.staleness_policy == "dc"  # it needs what workers computed on
         self._pool = native.Pool(settings.hub_threads or len(os.sched_getaffinity(0)))
         self._poller = zmq.Poller()
@@ -152,7 +156,8 @@ class Hub:
             return
         job.engine.flush()
         if self._courier is not None:
-            self._courier.turn()
+            with self._tracer.span("reply"):
+                self._courier.turn()
             for session in self._courier.unreachable():
                 peer = self._roster.of_session(session)
                 if peer is not None:
@@ -192,10 +197,21 @@ class Hub:
         for peer in self._roster:
             peer.close()
         if self._job is not None:
+            self._write_trace(self._job)
             self._job.close()
         self._router.close()
         self._doorway.close()
         self._pool.close()
+
+    def _write_trace(self, job: Job) -> None:
+        try:
+            self._tracer.write(self._number(job))
+        except ZpsError as error:
+            log.warning("%s", error)
+
+    def _number(self, job: Job) -> int:
+        """Which of the job's hubs this is."""
+        return job.declared.place[0]
 
     # --- messages -----------------------------------------------------------------------------
 
@@ -216,7 +232,8 @@ class Hub:
     def _on_message(self, route: bytes, frames: Sequence[Frame]) -> None:
         if not frames:
             raise ProtocolError("a message without a header")
-        message = m.decode(frames[0])
+        with self._tracer.span("recv"):
+            message = m.decode(frames[0])
         if isinstance(message, m.Hello):
             self._on_hello(route, message)
             return
@@ -244,7 +261,8 @@ class Hub:
             self._on_push(peer, message, payload)
             return
         if isinstance(message, m.Data):
-            self._remote(peer).data(peer, message, payload)
+            with self._tracer.span("decide"):
+                self._remote(peer).data(peer, message, payload)
             return
         self._flush()  # whatever is asked for now comes after the pushes before it
         if isinstance(message, m.Verdict):
@@ -368,7 +386,8 @@ class Hub:
                 declared.layout, self.settings.push_codecs, self.settings.compression_min_bytes
             ),
         )
-        return Engine(store, control, policy, one_of_several=declared.place[1] > 1)
+        several = declared.place[1] > 1
+        return Engine(store, control, policy, self._tracer, one_of_several=several)
 
     def _equip(self, job: Job, peer: Peer, *, shared: bool) -> None:
         """Slots in memory that both see, or else room for what has to be remembered of it."""
@@ -447,12 +466,13 @@ class Hub:
         hypers = job.new_hypers(bytes(payload[0])) if push.hypers else peer.hypers
         assert hypers is not None
         pushed = self._pushed(job, peer, push, hypers, frozenset(absent))
-        if peer.slots is None:
-            self._remote(peer).push(peer, pushed, push, inline)
-        elif inline:
+        if peer.slots is not None and inline:
             raise ProtocolError("a push with a payload, from a worker that shares its memory")
-        else:
-            job.engine.push(pushed, push.buckets, push.bases)
+        with self._tracer.span("decide"):
+            if peer.slots is None:
+                self._remote(peer).push(peer, pushed, push, inline)
+            else:
+                job.engine.push(pushed, push.buckets, push.bases)
         peer.hypers = hypers
 
     def _take_ring(self, peer: Peer) -> None:
@@ -460,7 +480,8 @@ class Hub:
         bell = peer.bell
         if bell is None or bell.rung <= peer.last_seq:
             return
-        ring, bases = bell.read()
+        with self._tracer.span("recv"):
+            ring, bases = bell.read()
         if ring.after > peer.heard:
             self._knocked.add(peer.rank)  # a message that it sent before is still on its way
             return
@@ -469,7 +490,8 @@ class Hub:
         _check_weights(ring.samples, ring.grad_scale)
         self._check_free(job, peer, range(len(bases)))
         assert peer.hypers is not None
-        job.engine.push(self._pushed(job, peer, ring, peer.hypers), range(len(bases)), bases)
+        with self._tracer.span("decide"):
+            job.engine.push(self._pushed(job, peer, ring, peer.hypers), range(len(bases)), bases)
 
     def _formed(self, peer: Peer) -> Job:
         job = self._declared(peer)
@@ -700,6 +722,7 @@ class Hub:
         log.info("every worker has left")
         formed = self._roster.formed
         if self._job is not None:
+            self._write_trace(self._job)
             self._job.close()
         self._begin()
         if formed:

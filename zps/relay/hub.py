@@ -37,6 +37,8 @@ class NodeHub(Hub):
     upstream  the session of its first job; for a later one it says hello anew
     """
 
+    role = "node"
+
     def __init__(
         self,
         settings: Settings,
@@ -172,7 +174,10 @@ class NodeHub(Hub):
             control=control,
         )
         self._forward = Forward(self._up, store, declared.hypers)
-        return Engine(store, control, policy, hand_over=self._forward.hand_over)
+        return Engine(store, control, policy, self._tracer, hand_over=self._forward.hand_over)
+
+    def _number(self, job: Job) -> int:
+        return self.settings.node_rank or 0
 
     def _on_attach(self, answer: m.Message, _: list[Frame]) -> None:
         assert isinstance(answer, m.Attach)

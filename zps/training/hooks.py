@@ -164,7 +164,8 @@ class GradientStream:
             )
         check_like(self._model.layout.params[index], gradient, self._worker.rank)
         # Before the step, a scaler's scale is known only as it was: mostly it still is that.
-        finite = self._model.load(index, gradient, self._scale)
+        with self._worker.tracer.span("encode"):
+            finite = self._model.load(index, gradient, self._scale)
         finite = finite or self._worker.settings.nonfinite == "allow"
         self._copied[index] = _Copied(gradient, gradient._version, finite, self._scale)
 

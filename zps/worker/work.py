@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zps.memory.control import Outcome
+from zps.trace import NO_TRACE, Tracer
 from zps.worker.link import Link
 
 
@@ -32,8 +33,10 @@ class Work:
         *,
         default_timeout_s: float,
         attend: Callable[[], object] = bool,
+        tracer: Tracer = NO_TRACE,
     ):
         """attend: called by `done`, for what has to be done before anything is"""
+        self._tracer = tracer
         self._attend = attend
         self._parts = tuple(parts)
         self._default_timeout_s = default_timeout_s
@@ -51,8 +54,9 @@ class Work:
         if not self._finished:
             limit = self._default_timeout_s if timeout_s is None else timeout_s
             deadline = time.monotonic() + limit
-            for part in self._parts:
-                part.link.wait(part.buckets, part.seqs, max(0.0, deadline - time.monotonic()))
+            with self._tracer.span("wait"):
+                for part in self._parts:
+                    part.link.wait(part.buckets, part.seqs, max(0.0, deadline - time.monotonic()))
             self._found = [part.link.outcomes(part.buckets) for part in self._parts]
             for part, outcomes in zip(self._parts, self._found, strict=True):
                 part.settle(part.buckets, part.seqs, outcomes)

@@ -28,6 +28,7 @@ from zps.worker.assembly import Assembly, Selection
 from zps.worker.channel import Channel
 from zps.worker.gradients import check_like, dtype_name, nonfinite
 from zps.worker.link import PushInfo
+from zps.worker.tracing import WorkerTracer
 from zps.worker.verdicts import Verdicts
 from zps.worker.work import Work
 
@@ -82,6 +83,7 @@ class Worker:
         self._selected: dict[tuple[str, ...], Selection] = {}  # names -> their buckets
         self._under_way: list[Work] = []  # pushes that may still lie in their slots
         self._at_close: list[Callable[[bool], None]] = []
+        self.tracer = WorkerTracer(self.settings.trace)
 
     def _agreed(self) -> dict[str, Any]:
         """The hub's values of the shared settings."""
@@ -246,7 +248,8 @@ class Worker:
         names = (what,) if isinstance(what, str) else tuple(what)
         selection = self._buckets_of(names)
         self._wait_for_slots(selection)
-        finite = self._fill(what, names) if isinstance(what, Mapping) else self._inspect(names)
+        with self.tracer.span("encode"):
+            finite = self._fill(what, names) if isinstance(what, Mapping) else self._inspect(names)
         if not finite and self.settings.nonfinite == "skip":
             samples = 0.0
         work = self.push_buckets(selection, PushInfo(samples=samples, finite=finite))
@@ -260,9 +263,10 @@ class Worker:
         model = self._declared()
         names = model.layout.index if names is None else names
         wanted = (names,) if isinstance(names, str) else tuple(names)
-        for channel, buckets in zip(model.channels, self._buckets_of(wanted), strict=True):
-            channel.refresh(buckets)
-        model.gather(self._index(name) for name in wanted)
+        with self.tracer.span("copy"):
+            for channel, buckets in zip(model.channels, self._buckets_of(wanted), strict=True):
+                channel.refresh(buckets)
+            model.gather(self._index(name) for name in wanted)
         return Work((), default_timeout_s=self.settings.timeout_s).wait()
 
     def push_pull(self, what: What, *, samples: float = 1.0) -> Work:
@@ -289,22 +293,25 @@ class Worker:
         model = self._declared()
         if info.hold:
             self._check_may_hold("nonfinite='skip', or a GradScaler")
-        parts = [
-            channel.push(buckets, info)
-            for channel, buckets in zip(model.channels, selection, strict=True)
-            if len(buckets)
-        ]
+        with self.tracer.span("signal"):
+            parts = [
+                channel.push(buckets, info)
+                for channel, buckets in zip(model.channels, selection, strict=True)
+                if len(buckets)
+            ]
         attend = bool if self._verdicts is None else self._verdicts.poll
-        work = Work(parts, default_timeout_s=self.settings.timeout_s, attend=attend)
+        timeout_s = self.settings.timeout_s
+        work = Work(parts, default_timeout_s=timeout_s, attend=attend, tracer=self.tracer)
         self._under_way = [work, *(other for other in self._under_way if not other.done())]
         return work
 
     def refresh(self) -> None:
         """Copy the hubs' weights here, where they are not views of them anyway."""
         model = self._declared()
-        for channel in model.channels:
-            channel.refresh()
-        model.gather()
+        with self.tracer.span("copy"):
+            for channel in model.channels:
+                channel.refresh()
+            model.gather()
 
     # --- the rest -----------------------------------------------------------------------------
 
@@ -393,6 +400,7 @@ class Worker:
         if model is not None:
             model.close()
             self._closed = True
+            self.tracer.write(self.rank)
 
     def at_close(self, call: Callable[[bool], None]) -> None:
         """Have `call(goodbye)` made first when this worker closes.
