@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -12,6 +13,7 @@
 #include "core/dispatch.h"
 #include "core/engine.h"
 #include "core/job.h"
+#include "core/lane.h"
 #include "core/pool.h"
 #include "core/seqlock.h"
 #include "core/words.h"
@@ -92,6 +94,47 @@ void bind_engine(py::module_& m) {
                                       static_cast<Dtype>(dtype));
         },
         NoGil());
+}
+
+void bind_lane(py::module_& m) {
+  using Members = std::vector<std::pair<Address, Address>>;              // bell, done
+  using Steps = std::vector<std::tuple<Address, Address, std::size_t>>;  // now, next, how many
+
+  py::class_<Lane>(m, "Lane")
+      .def(py::init([](Pool& pool, std::size_t isa, const Jobs& jobs, const Steps& steps,
+                       const Members& members, Address closed, Address signal, bool divides) {
+             std::vector<Lane::Member> who;
+             for (const auto& [bell, done] : members) {
+               who.push_back({at<const Bell>(bell), at<Word64>(done)});
+             }
+             std::vector<Lane::Bucket> buckets;
+             for (std::size_t i = 0; i < jobs.size(); ++i) {
+               const auto& [now, next, count] = steps.at(i);
+               buckets.push_back({jobs[i], at<std::int64_t>(now), at<std::int64_t>(next), count});
+             }
+             return new Lane(pool, kernels_of(isa), std::move(who), std::move(buckets),
+                             at<Word64>(closed), at<Word32>(signal), divides);
+           }),
+           py::keep_alive<1, 2>(), py::keep_alive<1, 4>())
+      .def("run",
+           [](Lane& lane, std::uint64_t round, const std::vector<std::uint64_t>& heard, int doorway,
+              const std::vector<int>& elsewhere, std::int64_t timeout_ns) {
+             return static_cast<int>(lane.run(round, heard, doorway, elsewhere, timeout_ns));
+           },
+           NoGil())
+      .def_property_readonly("heard",
+                             [](const Lane& lane) {
+                               std::vector<std::uint64_t> heard;
+                               for (const auto& member : lane.members()) heard.push_back(member.heard);
+                               return heard;
+                             })
+      .def_property_readonly("times", [](const Lane& lane) {
+        std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>> times;
+        for (const auto& [begin, applied, end] : lane.times()) {
+          times.emplace_back(begin, applied, end);
+        }
+        return times;
+      });
 }
 
 void bind_codecs(py::module_& m) {
@@ -222,6 +265,7 @@ void bind_facts(py::module_& m) {
 
 PYBIND11_MODULE(_core, m) {
   zps::bind_engine(m);
+  zps::bind_lane(m);
   zps::bind_codecs(m);
   zps::bind_roofline(m);
   zps::bind_words(m);

@@ -42,6 +42,33 @@ class Job:
         /,
     ) -> None: ...
 
+class Lane:
+    def __init__(
+        self,
+        pool: Pool,
+        isa: int,
+        jobs: Sequence[Job],
+        steps: Sequence[tuple[int, int, int]],
+        members: Sequence[tuple[int, int]],
+        closed: int,
+        signal: int,
+        divides: bool,
+        /,
+    ) -> None: ...
+    def run(
+        self,
+        round: int,
+        heard: Sequence[int],
+        doorway: int,
+        elsewhere: Sequence[int],
+        timeout_ns: int,
+        /,
+    ) -> int: ...
+    @property
+    def heard(self) -> list[int]: ...
+    @property
+    def times(self) -> list[tuple[int, int, int]]: ...
+
 def apply(pool: Pool, jobs: Sequence[Job], isa: int, /) -> None: ...
 def reduce(pool: Pool, jobs: Sequence[Job], outs: Sequence[int], isa: int, /) -> None: ...
 def norm_sq(pool: Pool, jobs: Sequence[Job], isa: int, /) -> float: ...

@@ -59,6 +59,11 @@ class Tracer:
         """`with tracer.span("apply"): ...` records the time that this takes."""
         return self._nothing if self._path is None else _Open(self._spans.append, name)
 
+    def add(self, name: str, begin_ns: int, end_ns: int) -> None:
+        """Record a span that was timed elsewhere, by the monotonic clock."""
+        if self._path is not None:
+            self._spans.append((name, begin_ns, end_ns, get_native_id()))
+
     def write(self, number: int) -> None:
         """Write what has been recorded, as hub or worker of this number, and forget it.
 

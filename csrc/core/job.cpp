@@ -40,19 +40,10 @@ Job::Job(Rule rule, Dtype dtype, std::uint32_t hyper_count, const Place* places,
 
 void Job::set_round(Round round) {
   round_ = std::move(round);
-  // assign takes the first contribution as it is; sum and add do not divide.
-  const bool assign = work_.rule == Rule::kAssign;
-  const bool divides = !assign && work_.rule != Rule::kSum && work_.rule != Rule::kAdd;
-  if (assign) round_.slots.resize(1);
-  const bool scaled = !assign && std::any_of(round_.scales.begin(), round_.scales.end(),
-                                             [](float scale) { return scale != 1.0f; });
+  if (work_.rule == Rule::kAssign) round_.slots.resize(1);
   work_.slots = reinterpret_cast<const void* const*>(round_.slots.data());
   work_.slot_count = static_cast<std::uint32_t>(round_.slots.size());
-  work_.scales = scaled ? round_.scales.data() : nullptr;
-  const float divisor = divides ? round_.divisor : 1.0f;
-  const bool exact = divides_exactly(divisor);
-  work_.factor = exact ? 1.0f / divisor : 1.0f;
-  work_.divisor = exact ? 1.0f : divisor;
+  weigh();
   work_.coef = round_.coef;
   work_.dc_lambda = round_.dc_lambda;
   work_.base = reinterpret_cast<const void*>(round_.base);
@@ -62,6 +53,25 @@ void Job::set_round(Round round) {
   std::transform(round_.states.begin(), round_.states.end(), work_.states,
                  [](std::uintptr_t address) { return reinterpret_cast<float*>(address); });
   check_states();
+}
+
+void Job::set_weights(std::vector<float> scales, float divisor) {
+  round_.scales = std::move(scales);
+  round_.divisor = divisor;
+  weigh();
+}
+
+void Job::weigh() {
+  // assign takes the first contribution as it is; sum and add do not divide.
+  const bool assign = work_.rule == Rule::kAssign;
+  const bool divides = !assign && work_.rule != Rule::kSum && work_.rule != Rule::kAdd;
+  const bool scaled = !assign && std::any_of(round_.scales.begin(), round_.scales.end(),
+                                             [](float scale) { return scale != 1.0f; });
+  work_.scales = scaled ? round_.scales.data() : nullptr;
+  const float divisor = divides ? round_.divisor : 1.0f;
+  const bool exact = divides_exactly(divisor);
+  work_.factor = exact ? 1.0f / divisor : 1.0f;
+  work_.divisor = exact ? 1.0f : divisor;
 }
 
 void Job::check_states() const {

@@ -35,11 +35,15 @@ class Job {
   /// Throws std::invalid_argument if the hyperparameters use a state that has no memory.
   void set_round(Round round);
 
+  /// Changes the weights of the round's slots, one each, and what their sum is divided by.
+  void set_weights(std::vector<float> scales, float divisor);
+
   const Work& work() const { return work_; }
   const std::vector<Segment>& segments() const { return segments_; }
   Word64* seq() const { return seq_; }
 
  private:
+  void weigh();
   void check_states() const;
 
   Work work_{};

@@ -278,6 +278,25 @@ class BspMachine(RoundsMachine):
             key[1], {rank for rank, first in self.first.items() if first <= key[1]}
         )
 
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def go_by(self, data: st.DataObject, count: int) -> None:
+        """Rounds of all, one push at a time, and at once."""
+        round = self.rounds.at_rest()
+        if round is None:
+            return
+        assert self.rounds.members == tuple(sorted(self.first))
+        assert not self.pending
+        at_once = copy.deepcopy(self.rounds)
+        at_once.advance(count)
+        if self.quorum < 1:
+            return
+        for number in range(round, round + count):
+            for bucket in range(len(self.versions)):
+                for rank in data.draw(st.permutations(sorted(self.first))):
+                    self.push(data, (rank, number, bucket))
+        assert self.closed == [round + count - 1] * len(self.versions)
+        assert vars(at_once._policy) == vars(self.rounds._policy)
+
     def bury(self, rank: int) -> None:
         for members in self.frozen.values():
             members.discard(rank)

@@ -184,6 +184,25 @@ class Rounds:
         """Whether a push of `rank` in `round` would now be kept, to wait for slower members."""
         return self._policy.would_keep(rank, round)
 
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Whoever has joined and not left, ascending."""
+        return self._policy.members
+
+    def at_rest(self) -> int | None:
+        """bsp: the round that every member is to push next, of every bucket.
+
+        None while one has begun, where some are to begin later than others, and in other modes.
+        """
+        return self._policy.at_rest()
+
+    def advance(self, rounds: int) -> None:
+        """Every member has pushed every bucket in so many more rounds, and all were applied.
+
+        To be called `at_rest` only; the result is that of the pushes one by one.
+        """
+        self._policy.advance(rounds)
+
     def pending(self) -> dict[tuple[int, int], tuple[int, ...]]:
         """For each (round, bucket) of which a push is kept: the ranks that it waits for."""
         return self._policy.pending()
@@ -206,6 +225,10 @@ class _Push(NamedTuple):
 class _Policy(Protocol):
     highest_opened: int
 
+    @property
+    def members(self) -> tuple[int, ...]: ...
+    def at_rest(self) -> int | None: ...
+    def advance(self, rounds: int) -> None: ...
     def min_round(self) -> int: ...
     def join(self, rank: int, at_least: int) -> int: ...
     def leave(self, rank: int) -> list[Action]: ...
@@ -248,6 +271,23 @@ class _Synchronous:
         self._pushed: list[dict[int, dict[int, int]]] = [{} for _ in versions]
         self._next = [0] * len(versions)
         self._over = 0
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        return tuple(sorted(self._first))
+
+    def at_rest(self) -> int | None:
+        if self._rounds or not self._first:
+            return None
+        round = self.min_round()
+        return round if max(self._first.values()) <= round else None
+
+    def advance(self, rounds: int) -> None:
+        self._over = self.min_round() + rounds
+        self.highest_opened = self._over - 1
+        for bucket in range(len(self._next)):
+            self._next[bucket] = self._over
+            self._versions[bucket] += rounds
 
     def min_round(self) -> int:
         return max(self._over, self._lowest_first)
@@ -400,6 +440,16 @@ class _OnArrival:
         self._clock: dict[int, int] = {}
         self._seen: dict[int, dict[int, int]] = {}
         self._kept: list[_Push] = []
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        return tuple(sorted(self._first))
+
+    def at_rest(self) -> int | None:
+        return None
+
+    def advance(self, rounds: int) -> None:
+        raise AssertionError("rounds are never at rest out of step")
 
     def min_round(self) -> int:
         return 1 + min(self._clock.values(), default=self.highest_opened)

@@ -96,6 +96,10 @@ class Docket:
         open_cases = (case for case in self._cases.values() if case.verdict is None)
         return set().union(*(case.asked or () for case in open_cases))
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._cases
+
     def holds_before(self, round_: int) -> bool:
         """Whether a round below this one waits."""
         return any(key[0] < round_ for key in self._cases)

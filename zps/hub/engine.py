@@ -69,6 +69,7 @@ class Engine:
         """
         self.store = store
         self.counters: Counter[str] = Counter()
+        self.applied = 0  # how often the store's jobs have been loaded here
         self._control = control
         self._done_address = control.done_address(0)
         self._policy = policy
@@ -151,6 +152,29 @@ class Engine:
         if self._docket is not None:
             ranks |= self._docket.waiting_for()
         return tuple(sorted(ranks))
+
+    def at_rest(self) -> int | None:
+        """The next round of all members and buckets, where it will need no decision.
+
+        None while anything is under way, in other modes than bsp, with a quorum, where updates are
+        handed over, and for a rule that is no kernel.
+        """
+        policy = self._policy
+        if policy.mode is not Mode.BSP or policy.quorum < 1 or self._hand_over is not None:
+            return None
+        if self.store.rule is None or self._waiting or self._ready or self._held or self._posts:
+            return None
+        if self._docket is not None and not self._docket.is_empty:
+            return None
+        return self.rounds.at_rest()
+
+    def advance(self, rounds: int) -> None:
+        """So many rounds have been carried out by the jobs of `Store.whole_round`."""
+        if not rounds:
+            return
+        self.rounds.advance(rounds)
+        self.counters["updates"] += rounds * len(self.store.layout.buckets)
+        self.counters["express_rounds"] += rounds
 
     # --- verdicts -----------------------------------------------------------------------------
 
@@ -277,6 +301,7 @@ class Engine:
 
     def _measure(self, updates: list[Update]) -> Findings:
         """What is to be known of a round before any of it is applied."""
+        self.applied += 1
         finite = all(c.finite for u in updates for c in u.contributions)
         if not finite or not updates or updates[0].contributions[0].hypers.max_grad_norm is None:
             return Findings(0.0, finite)
@@ -303,6 +328,7 @@ class Engine:
         self.finish(updates, Outcome.SKIPPED)
 
     def _apply(self, updates: list[Update], coef: float = 1.0) -> None:
+        self.applied += 1
         with self._tracer.span("apply"):
             self.store.apply(updates, coef)
         self.counters["updates"] += len(updates)

@@ -25,6 +25,7 @@ from zps.errors import OutOfMemory, ProtocolError, ZpsError
 from zps.hub.courier import Courier
 from zps.hub.docket import Findings
 from zps.hub.engine import Engine, Policy
+from zps.hub.express import Express
 from zps.hub.job import Declaration, Job, Peer, Refused, ResolveRule
 from zps.hub.roster import Roster
 from zps.hub.store import Hypers, Pushed, Store
@@ -45,6 +46,7 @@ _BEAT_S = 0.5
 _POLL_BACKLOG_MS = 10
 _PARTING_S = 0.1
 _TURN_MESSAGES = 256  # a peer that never stops sending does not keep the others from their updates
+_PLAIN = Ring(seq=0, after=0, round=0, samples=1.0, grad_scale=1.0, finite=True, hold=False)
 _MAX_TEXT = 700  # a header holds 4 KiB, and a character up to 4 bytes
 
 
@@ -86,6 +88,9 @@ class Hub:
         try:
             while not self._stopping:
                 timeout_ms = _POLL_BACKLOG_MS if self._has_backlog else int(_BEAT_S * 1000)
+                looked = self._express is not None and self._run_express(self._express)
+                timeout_ms = 0 if looked else timeout_ms
+                self._beat(looked=looked)
                 readable = dict(self._poller.poll(timeout_ms))
                 only_knocks = readable.keys() == {self._doorway.inner}
                 # First: what a worker sent before it died counts.
@@ -96,7 +101,6 @@ class Hub:
                     elif fd is self._router.monitor:
                         self._drop_the_cut()
                 self._router.flush()
-                self._beat()
         except Exception as error:
             self.stop(f"the hub has failed: {type(error).__name__}: {error}"[:_MAX_TEXT])
             raise
@@ -122,11 +126,28 @@ class Hub:
         self._roster = Roster(self.settings)
         self._job: Job | None = None
         self._courier: Courier | None = None
+        self._express: Express | None = None
         self._collective: dict[str, dict[int, int]] = {"publish": {}, "barrier": {}}
         self._awaiting_rank0: list[tuple[Peer, m.Declare, Sequence[Frame]]] = []
         self._entering: list[tuple[Peer, int]] = []  # (newcomer, its request)
         self._replace_by: dict[int, float] = {}  # dead rank -> until when the others wait for it
         self._knocked: set[int] = set()  # ranks whose bell has yet to be looked at
+
+    def _run_express(self, express: Express) -> bool:
+        """Let rounds go by that need no decision; whether it came to that."""
+        if self._has_backlog or self._entering or self._knocked or not express.is_due:
+            return False
+        sockets = [self._router.socket, self._router.monitor]
+        sockets += [fd for fd in self._watches if isinstance(fd, zmq.Socket)]
+        # A descriptor of libzmq's tells of what is new, once all that is there has been taken.
+        if any(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN for socket in sockets):
+            return False
+        elsewhere = [int(socket.getsockopt(zmq.FD)) for socket in sockets]
+        elsewhere += [fd for fd in self._watches if isinstance(fd, int)]
+        left = express.run(elsewhere, _BEAT_S)
+        if left in (native.Left.ELSEWHERE, native.Left.UNUSUAL):
+            self._knocked |= {peer.rank for peer in self._roster}  # what they rang comes first
+        return True
 
     def _serve(self, messages: int) -> None:
         """Take what has come, at most so many messages; pushes that come together are applied
@@ -172,14 +193,16 @@ class Hub:
     def _has_backlog(self) -> bool:
         return self._router.backlog or (self._courier is not None and self._courier.backlog)
 
-    def _beat(self) -> None:
+    def _beat(self, *, looked: bool) -> None:
+        """Do what is due now and then. looked: no bell has rung unheard just now."""
         now = time.monotonic()
         if now - self._last_beat < _BEAT_S:
             return
         self._last_beat = now
         if self._job is not None:
             self._job.control.beat(time.monotonic_ns())
-        self._knocked |= {peer.rank for peer in self._roster}  # a knock may have been lost
+        if not looked:
+            self._knocked |= {peer.rank for peer in self._roster}  # a knock may have been lost
         for rank, deadline in self._replace_by.items():
             if now > deadline:
                 self.stop(f"no replacement for rank {rank} came in {self.settings.timeout_s:g} s")
@@ -338,6 +361,14 @@ class Hub:
                     self.settings.compression_min_bytes,
                 ),
             )
+            self._express = Express(
+                self._job,
+                self._roster,
+                self._pool,
+                self._tracer,
+                template=self._plain_push,
+                doorway=self._doorway.inner,
+            )
         self._job.check_same(declared, f"rank {peer.rank}")
         if not peer.declared:  # else it asks again, because the answer came too late for it
             self._attach(self._job, peer, declared)
@@ -463,6 +494,7 @@ class Hub:
         payload, inline = payload[: push.hypers + push.absent], payload[push.hypers + push.absent :]
         self._check_push(job, peer, push, payload)
         absent = _array(payload[-1], np.uint32).tolist() if push.absent else ()
+        peer.rings = False
         hypers = job.new_hypers(bytes(payload[0])) if push.hypers else peer.hypers
         assert hypers is not None
         pushed = self._pushed(job, peer, push, hypers, frozenset(absent))
@@ -486,12 +518,17 @@ class Hub:
             self._knocked.add(peer.rank)  # a message that it sent before is still on its way
             return
         self._asked = peer.last_seq = peer.heard = ring.seq
+        peer.rings = True
         job = self._formed(peer)
         _check_weights(ring.samples, ring.grad_scale)
         self._check_free(job, peer, range(len(bases)))
         assert peer.hypers is not None
         with self._tracer.span("decide"):
             job.engine.push(self._pushed(job, peer, ring, peer.hypers), range(len(bases)), bases)
+
+    def _plain_push(self, job: Job, peer: Peer) -> Pushed:
+        assert peer.hypers is not None
+        return self._pushed(job, peer, _PLAIN, peer.hypers)
 
     def _formed(self, peer: Peer) -> Job:
         job = self._declared(peer)

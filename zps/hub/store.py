@@ -116,7 +116,7 @@ class Store:
         self._group_of = list(group_of)
         self._groups = hypers.groups
         self.rule = rule if isinstance(rule, Rule) else None
-        self._divides = self.rule is None or self.rule.name not in ("sum", "add")
+        self.divides = self.rule is None or self.rule.name not in ("sum", "add")
         names = self._states_used(hypers)
         # Half-precision buckets have fp32 masters; a float32 bucket is its own.
         half = [bucket for bucket in layout.buckets if bucket.dtype != "float32"]
@@ -162,6 +162,17 @@ class Store:
             native.apply(self._pool, jobs)
         for bucket, present in counted:
             bucket.steps += present
+
+    def whole_round(
+        self, contributions: Sequence[Pushed]
+    ) -> tuple[list[native.Job], list[native.Steps]]:
+        """The job of every bucket, loaded with these contributions, and the steps it counts."""
+        jobs = []
+        for index in range(len(self._buckets)):
+            loaded = self._load(Update(index, 0, tuple(contributions)), 1.0)
+            assert loaded is not None, "contributions that count"
+            jobs.append(loaded[0])
+        return jobs, [native.Steps(bucket.steps, bucket.next_steps) for bucket in self._buckets]
 
     def accumulate(self, update: Update) -> bool:
         """Average the contributions now, so that their memory can go before they are applied.
@@ -223,7 +234,7 @@ class Store:
         job.slots = [c.slots_address + bucket.offset for c in counted]
         if update.reduced:
             job.slots, job.scales, job.divisor = [self._accumulated(update.bucket)], [], 1.0
-        elif self._divides and all(c.samples == first.samples for c in counted):
+        elif self.divides and all(c.samples == first.samples for c in counted):
             # An even mean needs no multiplication.
             job.scales = [1.0 / c.grad_scale for c in counted]
             job.divisor = float(len(counted))

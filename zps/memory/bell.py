@@ -57,7 +57,7 @@ class Bell:
         if segment.nbytes < bell_bytes(buckets):
             raise ProtocolError(f"a bell of {segment.nbytes} bytes, not {bell_bytes(buckets)}")
         self.segment = segment
-        self._address = segment.address
+        self.address = segment.address
         self._head = segment.bytes[:_HEAD_BYTES].data
         self._bases = segment.bytes[_HEAD_BYTES:].view(np.uint64)[:buckets]
 
@@ -73,19 +73,19 @@ class Bell:
         _RECORD.pack_into(
             self._head, 8, ring.after, ring.round, ring.samples, ring.grad_scale, flags
         )
-        native.store_u64(self._address, ring.seq)
+        native.store_u64(self.address, ring.seq)
 
     @property
     def rung(self) -> int:
         """The sequence number of the push that lies here, 0 before the first."""
-        return native.load_u64(self._address)
+        return native.load_u64(self.address)
 
     def read(self) -> tuple[Ring, list[int]]:
         """A copy of the push that lies here, and of its bases.
 
         Raises ProtocolError for what no message could say either.
         """
-        seq = native.load_u64(self._address)
+        seq = native.load_u64(self.address)
         after, round_, samples, grad_scale, flags = _RECORD.unpack_from(self._head, 8)
         if seq >= _SEQS or round_ >= _ROUNDS:
             raise ProtocolError(f"a bell that was rung for push {seq} in round {round_}")

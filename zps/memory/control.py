@@ -102,6 +102,10 @@ class Control:
     def mail_address(self, rank: int) -> int:
         return int(self.mail[rank : rank + 1].ctypes.data)
 
+    @property
+    def closed_address(self) -> int:
+        return int(self.closed.ctypes.data)
+
     def seq_address(self, bucket: int) -> int:
         return self.seq.ctypes.data + 8 * bucket
 
