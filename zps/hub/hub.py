@@ -466,7 +466,7 @@ class Hub:
         if push.absent and len(payload[-1]) > 4 * len(job.layout.params):
             raise ProtocolError("a push with more absent parameters than there are")
         weight = push.samples / push.grad_scale if push.grad_scale > 0 else -1.0
-        if push.samples != 0 and not (_in_range(push.samples) and _in_range(weight)):
+        if push.samples != 0 and not (m.in_range(push.samples) and m.in_range(weight)):
             raise ProtocolError(f"samples={push.samples}, grad_scale={push.grad_scale}")
         if len(set(push.buckets)) != len(push.buckets):
             raise ProtocolError("a push names a bucket twice")
@@ -679,11 +679,6 @@ class Hub:
             self._deliver(peer, refusal)
         else:
             self._router.send(route, refusal)
-
-
-def _in_range(weight: float) -> bool:
-    """Whether the kernels, which compute in float32, can weight and divide by it."""
-    return 1e-30 <= weight <= 1e30
 
 
 def _only(payload: Sequence[Frame]) -> Frame:

@@ -120,6 +120,12 @@ class Push(Sessioned):
     inline: bool = False
 
 
+def in_range(weight: float) -> bool:
+    """Whether `samples`, `grad_scale` or their ratio is one that the kernels, which compute in
+    float32, can weight and divide by."""
+    return 1e-30 <= weight <= 1e30
+
+
 class Data(Sessioned):
     """Answer to a FETCH. Payload: one bucket of the push `push`, in one frame or several."""
 

@@ -11,11 +11,7 @@ from numpy.typing import NDArray
 
 from zps.errors import GradientError
 from zps.memory.control import Outcome
-
-
-def in_range(weight: float) -> bool:
-    """Whether the kernels, which compute in float32, can weight and divide by it."""
-    return 1e-30 <= weight <= 1e30
+from zps.wire.messages import in_range
 
 
 @dataclass(frozen=True, slots=True)
