@@ -13,6 +13,7 @@ from typing import Any
 import zmq
 
 from zps.config import Settings
+from zps.core.address import parse
 from zps.errors import (
     Closed,
     ConfigError,
@@ -29,7 +30,7 @@ from zps.errors import (
     ZpsError,
 )
 from zps.wire import messages as m
-from zps.wire.address import home_of, parse, sweep_home
+from zps.wire.address import home_of, sweep_home
 from zps.wire.messages import SHARED_SETTINGS
 from zps.wire.sockets import Dealer, Frame, host_id, readable
 
