@@ -45,7 +45,7 @@ class Upstream(Session):
                 f"the number of nodes, {settings.nodes}"
             ) from None
         try:
-            self.agreed = settings.replace(**self._theirs())
+            self.agreed = self.agree()
         except BaseException:
             self.close()
             raise
@@ -53,11 +53,6 @@ class Upstream(Session):
         """Payload that went up: gradients first of all."""
         self._queue: deque[list[Frame]] = deque()
         self._asked: dict[int, tuple[Then, OnRefusal | None]] = {}
-
-    def _theirs(self) -> dict[str, m.Setting]:
-        """The other hub's values of the shared settings."""
-        shared = self.welcome.settings.items()
-        return {name: value for name, value in shared if value is not None and name != "world_size"}
 
     @property
     def watched(self) -> tuple[int | zmq.Socket[bytes], ...]:

@@ -126,6 +126,21 @@ class Session:
         """Whether the hub's processes and memory can be reached from here."""
         return self._pidfd >= 0
 
+    def agree(self) -> Settings:
+        """The settings of this worker, with the hub's values of the shared ones.
+
+        Raises ConfigError for a value that this version does not know.
+        """
+        theirs = self.welcome.settings.items()
+        shared = {k: v for k, v in theirs if v is not None and k != "world_size"}
+        try:
+            return self.settings.replace(**shared)
+        except ConfigError as error:
+            raise ConfigError(
+                f"the hub at {self.address} has settings that this worker cannot take: {error}\n"
+                "Install the same version of zps on both sides, or choose what both know"
+            ) from None
+
     # --- requests -----------------------------------------------------------------------------
 
     @contextmanager

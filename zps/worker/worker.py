@@ -73,7 +73,7 @@ class Worker:
             raise RankOutOfRange(f"rank {rank} of {world_size} workers: ranks count from 0")
         self._sessions = joining.greet(addresses, settings, rank, world_size)
         self._session = self._sessions[0]  # for what one hub answers for all
-        self.settings = settings.replace(**self._agreed())
+        self.settings = self._session.agree()
         self.rank = self._session.rank
         self.world_size = self._session.world_size
         self._model: Assembly | None = None
@@ -82,11 +82,6 @@ class Worker:
         self._selected: dict[tuple[str, ...], Selection] = {}  # names -> their buckets
         self._under_way: list[Work] = []  # pushes that may still lie in their slots
         self._at_close: list[Callable[[bool], None]] = []
-
-    def _agreed(self) -> dict[str, Any]:
-        """The hub's values of the shared settings."""
-        welcome = self._session.welcome
-        return {k: v for k, v in welcome.settings.items() if v is not None and k != "world_size"}
 
     # --- declaring ----------------------------------------------------------------------------
 
