@@ -31,7 +31,7 @@ from zps.hub.store import Pushed, Store
 from zps.memory.control import Control
 from zps.memory.segment import Segment, private_bytes
 from zps.wire import messages as m
-from zps.wire.sockets import Frame, Router, readable
+from zps.wire.sockets import Frame, Router, host_id, readable
 
 log = logging.getLogger("zps.hub")
 
@@ -201,6 +201,9 @@ class Hub:
         if isinstance(message, m.Hello):
             self._on_hello(route, message)
             return
+        if isinstance(message, m.Probe):
+            self._on_probe(route, message)
+            return
         if not isinstance(message, m.Sessioned):
             raise ProtocolError(f"a {message.tag} message is for workers")
         self._asked = message.seq
@@ -250,6 +253,17 @@ class Hub:
             self._on_stats(peer, message)
         elif isinstance(message, m.Bye):
             self._on_bye(peer, message)
+
+    def _on_probe(self, route: bytes, probe: m.Probe) -> None:
+        """Let a stranger measure the way here; not while there is somebody to disturb."""
+        self._asked = probe.seq
+        if len(self._roster):
+            ranks = sorted(peer.rank for peer in self._roster)
+            raise Refused(
+                "busy", f"it would slow down those who work here, ranks {ranks}"[:_MAX_TEXT]
+            )
+        answer: list[Frame] = [m.encode(m.Probed(seq=probe.seq, host=host_id()))]
+        self._router.send(route, answer + [bytes(probe.back)] * bool(probe.back))
 
     # --- joining ------------------------------------------------------------------------------
 

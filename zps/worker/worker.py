@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from zps.config import Settings
+from zps.core.address import split
 from zps.core.layout import Layout, Param
 from zps.core.shards import Shard, cut
 from zps.errors import (
@@ -478,7 +479,7 @@ class Worker:
 
 def _addresses(address: str | None, settings: Settings) -> tuple[str, ...]:
     """The hubs to join, in order."""
-    named = settings.hubs if address is None else tuple(a.strip() for a in address.split(","))
+    named = settings.hubs if address is None else split(address)
     if not named:
         raise HubUnreachable("no hub is named: pass its address, or set ZPS_HUB")
     if len(set(named)) < len(named):
