@@ -51,6 +51,8 @@ class Upstream(Session):
             raise
         self.sent_bytes = 0
         """Payload that went up: gradients first of all."""
+        self.received_bytes = 0
+        """Payload of WEIGHTS that came down, with their step counts."""
         self._queue: deque[list[Frame]] = deque()
         self._asked: dict[int, tuple[Then, OnRefusal | None]] = {}
 
@@ -125,6 +127,7 @@ class Upstream(Session):
 
     def _act(self, message: m.Message, payload: list[Frame]) -> None:
         if isinstance(message, Payload):
+            self.received_bytes += sum(len(frame) for frame in payload)
             self.on_payload(message, payload)
         elif isinstance(message, m.Closing):
             raise HubLost(f"it has ended the job: {message.text}")
