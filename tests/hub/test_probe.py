@@ -36,6 +36,15 @@ def test_more_bytes_than_a_probe_may_ask_for_are_refused(raw: Raw) -> None:
     assert "back" in refusal.text
 
 
+def test_a_stranger_that_does_not_read_its_answers_is_its_own_concern(hub: str, raw: Raw) -> None:
+    with Raw(hub) as deaf:
+        for seq in range(200):
+            deaf.send(probe(m.MAX_PROBE_BYTES, seq))
+        assert isinstance(raw.ask(probe()), m.Probed)
+        raw.greet(rank=None)
+        assert raw.stats()["live"] == [0]
+
+
 def test_a_hub_with_workers_is_not_probed(hub: str, pair: Pair) -> None:
     with pair.unchanged(), Raw(hub) as stranger:
         refusal = stranger.refused(probe(1000), bytes(1000))

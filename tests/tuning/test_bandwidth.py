@@ -82,7 +82,7 @@ def test_several_hubs_are_measured_together(settings: Settings, hubs: list[HubPr
 def test_a_volley_is_taken_whole_by_every_hub(tmp_path: Path) -> None:
     addresses = [f"ipc://{tmp_path}/{name}" for name in "ab"]
     took = dict.fromkeys(addresses, 0)
-    sizes = 3 * m.MAX_PROBE_BYTES + 5
+    sizes, over = 3 * m.MAX_PROBE_BYTES + 5, threading.Event()
 
     def serve(address: str) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -95,8 +95,8 @@ def test_a_volley_is_taken_whole_by_every_hub(tmp_path: Path) -> None:
             assert isinstance(message, m.Probe)
             took[address] += sum(len(frame) for frame in frames[2:])
             router.send(frames[0], [m.encode(m.Probed(seq=message.seq, host="elsewhere"))])
-        router.socket.close(linger=1000)
-        router.monitor.close()
+        over.wait(20)
+        router.close()
         context.term()
 
     threads = [threading.Thread(target=serve, args=(address,)) for address in addresses]
@@ -105,6 +105,7 @@ def test_a_volley_is_taken_whole_by_every_hub(tmp_path: Path) -> None:
     with Prober(addresses, 20.0) as prober:
         prober.volley(sizes, back=False)
         assert not prober.here
+    over.set()
     for thread in threads:
         thread.join()
     assert took == dict.fromkeys(addresses, sizes)

@@ -43,6 +43,7 @@ _BEAT_S = 0.5
 _POLL_BACKLOG_MS = 10
 _PARTING_S = 0.1
 _TURN_MESSAGES = 256  # a peer that never stops sending does not keep the others from their updates
+_PROBE_BYTES = memoryview(bytes(m.MAX_PROBE_BYTES))  # one for all: answers not read take no memory
 _MAX_TEXT = 700  # a header holds 4 KiB, and a character up to 4 bytes
 
 
@@ -263,7 +264,7 @@ class Hub:
                 "busy", f"it would slow down those who work here, ranks {ranks}"[:_MAX_TEXT]
             )
         answer: list[Frame] = [m.encode(m.Probed(seq=probe.seq, host=host_id()))]
-        self._router.send(route, answer + [bytes(probe.back)] * bool(probe.back))
+        self._router.send(route, answer + [_PROBE_BYTES[: probe.back]] * bool(probe.back))
 
     # --- joining ------------------------------------------------------------------------------
 

@@ -127,14 +127,14 @@ class Prober:
         return dealer.try_send([header] if back or not nbytes else [header, payload[:nbytes]])
 
     def _answered(self, dealers: Sequence[Dealer]) -> list[Dealer]:
-        """Those of `dealers` from which something has come, one at least."""
+        """Those of `dealers` from which something has come. Raises WaitTimeout, HubLost."""
         poller = zmq.Poller()
         for dealer in dealers:
             poller.register(dealer.socket, zmq.POLLIN)
             poller.register(dealer.monitor, zmq.POLLIN)
         ready = dict(poller.poll(int(self._timeout_s * 1000)))
         for dealer in dealers:
-            if dealer.is_cut():
+            if dealer.socket not in ready and dealer.is_cut():
                 raise HubLost(f"the connection to the hub at {dealer.address} has ended")
         if not ready:
             raise self._silent(dealers[0])
