@@ -310,9 +310,20 @@ def test_tune_measures_a_scripts_gradients_and_advises(tmp_path: Path) -> None:
     result = zps("tune", *options, *arguments, ZPS_RUNTIME_DIR=str(tmp_path / "r"))
     assert result.returncode == 0, result.stderr
     assert "\nZPS_COMPRESSION=int8\n" in result.stdout
+    assert "(measured)" not in result.stdout
     assert Path("tune.svg").exists() == draws
-    found = json.loads(zps("tune", "--json", *options, *arguments).stdout)
-    assert found["advice"]["compression"] == "int8"
+    found = json.loads(zps("tune", "--json", *options[2:], *arguments, ZPS_LINK="message").stdout)
+    assert found["bandwidth"] == found["link"]["to_hub"] > 1e6
+    assert found["link"]["how"] == "measured with messages to a hub started for it"
+
+
+def test_tune_says_that_it_cannot_reach_the_hub_before_it_runs_the_script() -> None:
+    script("train.py", "open('ran', 'w')")
+    wait = ("--set", "connect_timeout_s=0.3")
+    result = zps("tune", "--hub", "tcp://127.0.0.1:9", *wait, "train.py")
+    assert result.returncode == 1
+    assert "no hub took a message at tcp://127.0.0.1:9 for 0.3 s" in result.stderr
+    assert not Path("ran").exists()
 
 
 # doctor

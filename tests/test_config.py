@@ -155,6 +155,12 @@ def test_all_invalid_values_are_named_at_once() -> None:
         ("job", ""),
         ("hub", "localhost"),
         ("hub", "tcp://a:1,nonsense"),
+        ("hub", "tcp://a:1,,tcp://b:2"),
+        ("hub", "tcp://a"),
+        ("hub", "tcp://a:65536"),
+        ("hub", "tcp://:1"),
+        ("hub", "tcp://a: 1"),
+        ("hub", "ipc:///" + "x" * 107),
         ("optimizers", "Lamb"),
         ("optimizers", "pkg.Lamb, os.system('x')"),
         ("pull", "sometimes"),
@@ -242,7 +248,13 @@ def test_byte_sizes_are_written_as_people_write_them(text: str, size: int) -> No
 
 def test_hub_addresses_are_a_comma_separated_list() -> None:
     assert load().hubs == ()
-    assert load(hub="tcp://a:1, ipc:///run/x,").hubs == ("tcp://a:1", "ipc:///run/x")
+    assert load(hub="tcp://a:1, ipc:///run/x").hubs == ("tcp://a:1", "ipc:///run/x")
+
+
+def test_a_hub_address_that_cannot_be_read_is_an_error_at_once_with_its_source() -> None:
+    text = message({"ZPS_HUB": "tcp://a:1,tcp://b"})
+    assert text.startswith("ZPS_HUB='tcp://a:1,tcp://b': ")
+    assert "'tcp://b' cannot be read: it has no port; write ipc:" in text
 
 
 def test_optimizer_classes_are_import_paths() -> None:

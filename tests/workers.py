@@ -32,6 +32,7 @@ from unittest import mock
 
 import torch
 
+from tests.ports import free_port
 from zps.config import Settings
 from zps.hub.process import HubProcess
 from zps.worker.worker import Worker
@@ -40,7 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST = 3  # worker processes
 MOST_HUBS = 6
 PATIENCE_S = 60.0
-#: The setting `link` of every worker: see the fixture `link` in conftest.
+#: How every worker reaches its hub (see the fixture `link` in conftest): the setting `link`, over
+#: ipc; "tcp" is messages to a hub that listens on tcp.
 LINK = "auto"
 #: How long the other ranks may take to fail too, once one has.
 GRACE_S = 3.0
@@ -129,7 +131,7 @@ class Crew:
         address = self.addresses(hubs, **(hub or {}))
         members = self._start()[:world]
         for rank, member in enumerate(members):
-            request = (body, rank, world, address, LINK, args, kwargs)
+            request = (body, rank, world, address, setting(), args, kwargs)
             member.jobs.send_bytes(pickle.dumps(request))
         answers = self._gather(members)
         failures = [
@@ -147,7 +149,8 @@ class Crew:
 
     def hub(self, number: int = 0, **settings: Any) -> HubProcess:
         """A running hub with these settings; those with other numbers are others."""
-        key = (number, *sorted(settings.items()))
+        tcp = LINK == "tcp"
+        key = (number, tcp, *sorted(settings.items()))
         found = self._hubs.pop(key, None)
         if found is not None:
             if found.poll() is None:
@@ -158,8 +161,9 @@ class Crew:
             self._hubs.pop(next(iter(self._hubs))).stop()  # the one that was used the longest ago
         own = Settings(**{**HUB, "runtime_dir": self.folder / "run", **settings})
         log = self.folder / f"hub-{len(list(self.folder.glob('hub-*')))}"
+        bind = f"tcp://127.0.0.1:{free_port()}" if tcp else None
         with log.open("wb") as file, _environment():
-            self._hubs[key] = HubProcess.start(own, stderr=file)
+            self._hubs[key] = HubProcess.start(own, bind=bind, stderr=file)
         return self._hubs[key]
 
     def stop(self) -> None:
@@ -217,6 +221,11 @@ class Crew:
         return self._members
 
 
+def setting() -> str:
+    """The setting `link` of workers now."""
+    return "message" if LINK == "tcp" else LINK
+
+
 def _environment() -> Any:
     """Children find this folder from wherever the tests are run."""
     return mock.patch.dict(os.environ, PYTHONPATH=str(ROOT))
@@ -270,7 +279,7 @@ def together(
 ) -> Iterator[list[Worker]]:
     """Declared workers of all ranks in this one process, so that a test decides who acts when."""
     with ExitStack() as stack:
-        settings = {"timeout_s": HUB["timeout_s"], "link": LINK, **settings}
+        settings = {"timeout_s": HUB["timeout_s"], "link": setting(), **settings}
         workers = [
             stack.enter_context(Worker(address, rank=rank, world_size=world, **settings))
             for rank in range(world)

@@ -237,8 +237,11 @@ def tune(
     args: Annotated[list[str] | None, typer.Argument(help="Its arguments, untouched.")] = None,
     module: Annotated[bool, typer.Option("-m", "--module", help="SCRIPT is a module.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps whose gradients are used.")] = 8,
+    hub: Annotated[
+        str | None, typer.Option(help="Measure the link to this hub, which must have no workers.")
+    ] = None,
     bandwidth: Annotated[
-        str | None, typer.Option(help="The hub's link, as 10Gbit/s; without it, shared memory.")
+        str | None, typer.Option(help="The hub's link, as 10Gbit/s; without it, it is measured.")
     ] = None,
     workers: Annotated[int, typer.Option("-n", "--workers", min=1, help="Who share it.")] = 1,
     max_error: Annotated[float, typer.Option(min=0, help="Highest error of the sum.")] = 0.1,
@@ -251,18 +254,23 @@ def tune(
 ) -> None:
     """Measure compressions on a script's own gradients, and say which to set.
 
-    The script is run as a single worker, and stopped after a few steps.
+    The script is run as a single worker, and stopped after a few steps. Before, the link is
+    measured: to the hub of --hub or ZPS_HUB, or to one that is started for it.
     """
     from zps.codec.spec import Compression
     from zps.tuning import capture, show
+    from zps.tuning.bandwidth import measure_link
     from zps.tuning.cost import Link
     from zps.tuning.measure import CANDIDATES
     from zps.tuning.runner import NativeRunner
     from zps.tuning.tune import report_on
 
     # All that can be wrong with the options, before minutes go into the script.
-    settings, link, say = Settings.load(**_chosen(set_)), Link.parse(bandwidth), _say("zps tune")
+    settings, say = Settings.load(**_chosen(set_, hub=hub)), _say("zps tune")
     compressions = [Compression.parse(text) for text in candidates or CANDIDATES]
+    link = measure_link(settings) if bandwidth is None else Link.parse(bandwidth)
+    if link.measured is not None:
+        say(f"link: {link.measured}")
     report = report_on(
         capture.run(script, args or [], steps=steps, module=module),
         compressions=compressions,

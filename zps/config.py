@@ -35,6 +35,7 @@ from pydantic_settings import (
 from typing_extensions import Self
 
 from zps.codec.spec import Compression
+from zps.core import address
 from zps.errors import CompressionSyntaxError, ConfigError
 
 __all__ = ["CONFIG_FILE", "CONFIG_VARIABLE", "PREFIX", "Settings", "variable"]
@@ -254,7 +255,7 @@ class Settings(BaseSettings):
     @property
     def hubs(self) -> tuple[str, ...]:
         """The addresses in `hub`, in order; empty when a hub is still to be started."""
-        return tuple(_items(self.hub))
+        return address.split(self.hub) if self.hub else ()
 
     @property
     def ranks_here(self) -> range | None:
@@ -293,12 +294,8 @@ class Settings(BaseSettings):
     @field_validator("hub")
     @classmethod
     def _check_hub(cls, value: str | None) -> str | None:
-        for address in _items(value):
-            if not address.startswith(("tcp://", "ipc://")):
-                raise ValueError(
-                    f"{address!r} is no address; write tcp://host:port or ipc:///path, "
-                    "several separated by commas"
-                )
+        if value:
+            address.split(value)
         return value
 
     @field_validator("optimizers")

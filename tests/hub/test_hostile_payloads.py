@@ -262,8 +262,46 @@ def test_a_worker_that_would_encode_otherwise_is_refused_at_hello(
         Worker(hub, rank=1, world_size=2, job=JOB, **settings)
 
 
-def test_the_same_compression_may_be_written_otherwise(hub: str) -> None:
+UNREADABLE: dict[str, tuple[dict[str, str], str]] = {
+    "a codec": ({"compression": "zip9"}, "compression: there is no codec 'zip9'"),
+    "a codec of some": (
+        {"compression": "none; coded=zip9:level=3; top=topk"},
+        "compression: there is no codec 'zip9'",
+    ),
+    "a codec of weights": (
+        {"pull_compression": "zip9"},
+        "pull_compression: there is no codec 'zip9'",
+    ),
+    "an option": ({"compression": "int8:level=9"}, "compression: int8 has no option 'level'"),
+    "no grammar": ({"compression": "int8;;"}, "compression: an item is empty"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_compression_that_the_hub_cannot_read_is_refused_at_hello(
+    hub: str, members: Members, name: str
+) -> None:
+    settings, text = UNREADABLE[name]
+    with members.unchanged(), Raw(hub) as stranger:
+        refusal = stranger.refused(stranger.hello(world_size=2, job=JOB, settings=settings))
+        assert refusal.code == "settings"
+        assert f"cannot read the worker's {text}" in refusal.text
+        assert "Install the same version of zps on both sides" in refusal.text
+
+
+def test_a_worker_may_write_the_hubs_compression_otherwise(hub: str) -> None:
     text = " none ;coded = int8:block=256;top=topk : ef=true, ratio=1e-2"
     with Worker(hub, rank=0, world_size=1, job=JOB, compression=text) as worker:
-        worker.declare({"coded": torch.zeros(3)})
-        worker.push({"coded": torch.ones(3)}).wait()
+        tensors = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+        worker.declare(tensors, "mean")
+        assert worker.settings.compression == str(Compression.parse(COMPRESSION)) != text
+        replay = Replay(worker.layout, COMPRESSION)
+        gradients = {n: torch.linspace(-1, 2, s[0]) for n, s in SHAPES.items()}
+        for _ in range(2):  # the second has what the first lost
+            worker.push(gradients).wait()
+            expected = replay.send(gradients)
+            assert torch.equal(expected["plain"], gradients["plain"])
+            assert not torch.equal(expected["coded"], gradients["coded"])
+            assert int(expected["top"].count_nonzero()) == K + K_REST
+            for name, tensor in expected.items():
+                assert torch.equal(worker.weights(name), tensor), name

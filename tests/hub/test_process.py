@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.ports import free_port
 from tests.workers import ROOT, at_once, together
 from zps import Worker
 from zps.config import Settings
@@ -25,12 +26,6 @@ X = {"x": torch.ones(4)}
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return Settings(runtime_dir=tmp_path / "run", bucket_bytes=4096)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 # --- starting -----------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ with nodes(tmp_path, workers=2) as cluster:
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tests.ports import free_port
 from tests.workers import ROOT
 from zps.config import Settings
 from zps.hub.process import HubProcess
@@ -52,12 +52,6 @@ class Cluster:
         """Workers of all ranks, in this process."""
         with ExitStack() as stack:
             yield [stack.enter_context(self.worker(r, **settings)) for r in range(self.world)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def node_settings(top: str, node: int, runtime_dir: Path, *, count: int, world: int) -> Settings:

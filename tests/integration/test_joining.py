@@ -11,7 +11,7 @@ import zps
 from tests.workers import Context
 from zps.errors import UnsupportedError
 
-LINKS = ("shm", "message")
+LINKS = ("shm", "message", "tcp")
 
 ROUNDS = 3
 

@@ -377,29 +377,50 @@ def test_apply_worker_averages_over_all_nodes(cluster):
 # --- what goes up -------------------------------------------------------------------------------
 
 
-def bytes_of_a_round(tmp_path: Path, workers: int) -> list[int]:
-    """What each node sends to the hub of all nodes in ten rounds."""
-    shape = (5000,)
+ELEMENTS, BUCKET_ELEMENTS, BYTE_ROUNDS = 5000, 1024, 10
+STEP_BYTES = 8  # of each bucket's step count
 
-    def rounds(worker: Worker) -> int:
-        worker.declare({"x": torch.zeros(shape)}, "mean")
-        worker.barrier()
-        before = worker.stats()["upstream"]["sent_bytes"]
-        for _ in range(10):
-            worker.push({"x": torch.ones(shape)}).wait()
-        worker.barrier()
-        return int(worker.stats()["upstream"]["sent_bytes"]) - before
 
-    with nodes(tmp_path, workers=workers) as cluster, cluster.workers() as all_:
+def bucket_bytes(codec: str) -> list[int]:
+    """Bytes of each bucket as docs/compression.md has them, padded to a multiple of 64."""
+    sizes = [BUCKET_ELEMENTS] * (ELEMENTS // BUCKET_ELEMENTS) + [ELEMENTS % BUCKET_ELEMENTS]
+    encoded = {"none": lambda n: 4 * n, "int8": lambda n: 4 * -(-n // 256) + n}[codec]
+    return [-(-encoded(n) // 64) * 64 for n in sizes]
+
+
+def bytes_of_rounds(tmp_path: Path, workers: int, codec: str) -> list[tuple[int, int]]:
+    """What went from a node to the hub of all nodes and back in some rounds, as ranks see it."""
+
+    def count(worker: Worker) -> tuple[int, int]:
+        upstream = worker.stats()["upstream"]
+        return upstream["sent_bytes"], upstream["received_bytes"]
+
+    def rounds(worker: Worker) -> tuple[int, int]:
+        gradient = torch.linspace(-1, 1, ELEMENTS) * (1 + worker.rank)
+        worker.declare({"x": torch.zeros(ELEMENTS)}, "mean")
+        worker.push({"x": gradient}).wait()  # which takes the hyperparameters along
+        worker.barrier()
+        sent, received = count(worker)
+        for _ in range(BYTE_ROUNDS):
+            worker.push({"x": gradient}).wait()
+        worker.barrier()
+        now = count(worker)
+        return now[0] - sent, now[1] - received
+
+    codecs = {"compression": codec, "pull_compression": codec}
+    with nodes(tmp_path, workers=workers, **codecs) as cluster, cluster.workers() as all_:
         return at_once(*(partial(rounds, w) for w in all_))
 
 
-def test_a_node_sends_as_much_as_one_worker_whatever_their_number(tmp_path):
-    gradient = 4 * 5000
-    for workers in (1, 3):
-        sent = bytes_of_a_round(tmp_path / str(workers), workers)
-        assert len(sent) == 2 * workers
-        assert all(10 * gradient <= count <= 10 * (gradient + 64) for count in sent)
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_the_bytes_of_a_node_are_those_of_one_worker(
+    tmp_path: Path, codec: str, workers: int
+) -> None:
+    buckets = bucket_bytes(codec)
+    up, down = sum(buckets), sum(buckets) + STEP_BYTES * len(buckets)
+    counted = bytes_of_rounds(tmp_path, workers, codec)
+    assert counted == [(BYTE_ROUNDS * up, BYTE_ROUNDS * down)] * 2 * workers
 
 
 # --- joining ------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.lives import Driver, until
-from tests.integration.nodes import Cluster, free_port, node_settings, nodes
+from tests.integration.nodes import Cluster, node_settings, nodes
+from tests.ports import free_port
 from tests.workers import PATIENCE_S, ROOT
 from zps.errors import RankOutOfRange
 from zps.hub.process import HubProcess

@@ -19,7 +19,7 @@ from tests.training.reference import (
 from tests.workers import Context, Crew, together
 from zps.memory.control import Outcome
 
-LINKS = ("shm", "message")
+LINKS = ("shm", "message", "tcp")
 
 
 def test_a_late_gradient_is_dropped_and_counted(crew: Crew):

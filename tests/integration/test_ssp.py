@@ -12,7 +12,7 @@ import zps
 from tests.training.reference import new_params, steps_in_hub
 from tests.workers import Context, Crew, together
 
-LINKS = ("shm", "message")
+LINKS = ("shm", "message", "tcp")
 
 ROUNDS = 30
 

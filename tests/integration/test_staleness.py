@@ -16,7 +16,7 @@ from tests.workers import Crew, together
 from zps.memory.control import Outcome
 from zps.worker.worker import Worker
 
-LINKS = ("shm", "message")
+LINKS = ("shm", "message", "tcp")
 
 Floats = NDArray[np.float32]
 

@@ -38,6 +38,8 @@ EXAMPLES: list[m.Message] = [
     m.Barrier(**SESSIONED),
     m.Stats(**SESSIONED),
     m.Bye(**SESSIONED, failed=True),
+    m.Probe(seq=3, back=1 << 20),
+    m.Probed(seq=3, host="h/1"),
     AT,
     m.Welcome(
         protocol=1, epoch=1, session=2, rank=3, world_size=4, pid=5, host="h/1", settings=SETTINGS

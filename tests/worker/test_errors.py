@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import zmq
 
 from tests.workers import Crew, at_once, together
 from zps import Settings, Worker
@@ -39,7 +40,10 @@ from zps.errors import (
     WaitTimeout,
 )
 from zps.hub.process import HubProcess
+from zps.hub.roster import Roster
 from zps.memory.control import Outcome
+from zps.wire import messages as m
+from zps.wire.sockets import Router
 
 X = {"x": torch.ones(4)}
 
@@ -301,6 +305,52 @@ def test_an_address_that_is_none_is_refused(address):
 def test_a_hub_is_named_once():
     with pytest.raises(ConfigError, match="names a hub twice"):
         Worker(settings=Settings(hub="tcp://127.0.0.1:1,tcp://127.0.0.1:1"))
+
+
+@contextmanager
+def newer_hub(address: str, **settings: Any) -> Iterator[list[m.Message]]:
+    """A hub that welcomes one worker with settings of its own; what it has been sent."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    router, sent = Router(context, address, 1 << 20), []
+    roster = Roster(Settings())
+
+    def serve() -> None:
+        while not sent or not isinstance(sent[-1], m.Bye):
+            if not router.socket.poll(20_000):
+                return
+            route, header = router.receive()[:2]
+            sent.append(m.decode(header))
+            if isinstance(sent[-1], m.Hello):
+                peer, _ = roster.admit(route, sent[-1])
+                answer = roster.welcome(peer)
+                answer = answer.model_copy(update={"settings": answer.settings | settings})
+            else:
+                answer = m.Ok(seq=sent[-1].seq)
+            router.send(route, [m.encode(answer)])
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield sent
+    finally:
+        thread.join()
+        for peer in roster:
+            peer.close()
+        router.close()
+        context.term()
+
+
+@pytest.mark.parametrize("name", ["compression", "pull_compression"])
+def test_a_worker_that_cannot_take_the_hubs_codec_says_so_and_leaves(tmp_path, name):
+    address = f"ipc://{tmp_path}/s"
+    with (
+        newer_hub(address, **{name: "zip9"}) as sent,
+        pytest.raises(ConfigError, match="there is no codec 'zip9'") as refused,
+    ):
+        Worker(address, rank=0, world_size=1)
+    assert f"{address} has settings that this worker cannot take" in str(refused.value)
+    assert "Install the same version of zps on both sides" in str(refused.value)
+    assert [message.tag for message in sent] == ["hello", "bye"]  # its rank is free again
 
 
 # --- the hub says no ----------------------------------------------------------------------------

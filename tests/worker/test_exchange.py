@@ -12,7 +12,7 @@ from tests.workers import Crew, at_once, together
 from zps import Worker
 from zps.memory.control import Outcome
 
-LINKS = ("shm", "message")
+LINKS = ("shm", "message", "tcp")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: One element, a few, and more than one bucket of 4096 bytes.

@@ -18,12 +18,10 @@ from numpy.typing import NDArray
 from zps.codec.base import Codec
 from zps.codec.none import Plain
 from zps.codec.spec import Compression
-from zps.core.layout import ITEMSIZE, Bucket, Layout
+from zps.core.layout import ALIGN_BYTES, ITEMSIZE, Bucket, Layout, round_up
 from zps.core.shards import whole_name
 
-__all__ = ["ALIGN_BYTES", "CODEC", "Plan"]
-
-ALIGN_BYTES = 64
+__all__ = ["CODEC", "Plan", "aligned_zeros"]
 
 #: float32 elements in ALIGN_BYTES: where the residual of a piece may begin.
 _ALIGN_RESIDUAL = ALIGN_BYTES // 4
@@ -149,13 +147,13 @@ class _Packer:
         end = 0
         for index in bucket.pieces:
             piece = self.layout.pieces[index]
-            offset = piece.byte - bucket.byte if as_is else _up(end, ALIGN_BYTES)
+            offset = piece.byte - bucket.byte if as_is else round_up(end, ALIGN_BYTES)
             nbytes = self.nbytes(self.codec_index[index], piece.count, ITEMSIZE[bucket.dtype])
             self.piece_offset.append(offset)
             self.piece_nbytes.append(nbytes)
             self._add_residual(index, piece.count)
             end = offset + nbytes
-        size = bucket.nbytes if as_is else max(_up(end, ALIGN_BYTES), ALIGN_BYTES)
+        size = bucket.nbytes if as_is else max(round_up(end, ALIGN_BYTES), ALIGN_BYTES)
         self.bucket_offset.append(self.total_bytes)
         self.bucket_nbytes.append(size)
         self.total_bytes += size
@@ -165,14 +163,17 @@ class _Packer:
             self.residual_begin.append(-1)
             return
         self.residual_begin.append(self.residual_elements)
-        self.residual_elements += _up(count, _ALIGN_RESIDUAL)
+        self.residual_elements += round_up(count, _ALIGN_RESIDUAL)
 
     def _nbytes(self, codec: int, count: int, itemsize: int) -> int:
         return self.codecs[codec].nbytes(count, itemsize)
 
 
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def aligned_zeros(nbytes: int) -> NDArray[np.uint8]:
+    """(nbytes,) zeros that begin on a cache line, which numpy does not promise."""
+    raw = np.zeros(nbytes + ALIGN_BYTES, np.uint8)
+    skip = -raw.ctypes.data % ALIGN_BYTES
+    return raw[skip : skip + nbytes]
 
 
 def _frozen(array: NDArray[T]) -> NDArray[T]:

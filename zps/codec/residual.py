@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from zps.codec.plan import ALIGN_BYTES, Plan
+from zps.codec.plan import Plan, aligned_zeros
 from zps.errors import LayoutError
 
 __all__ = ["Residual"]
@@ -34,7 +34,9 @@ class Residual:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._buffers = tuple(_aligned_zeros(plan.residual_elements) for _ in range(2))
+        self._buffers = tuple(
+            aligned_zeros(4 * plan.residual_elements).view(np.float32) for _ in range(2)
+        )
         pieces = len(plan.layout.pieces)
         self._which = np.zeros(pieces, np.uint8)  # the buffer that holds each piece's residual
         self._scale = np.ones(pieces, np.float64)  # the scale it was made under
@@ -140,10 +142,3 @@ class Residual:
         pieces = range(len(self._plan.layout.pieces))
         found = ((piece, self._plan.residual_range(piece)) for piece in pieces)
         return [(piece, where) for piece, where in found if where is not None]
-
-
-def _aligned_zeros(elements: int) -> Float32:
-    """(elements,) zeros that begin on a cache line, which numpy does not promise."""
-    raw = np.zeros(elements * 4 + ALIGN_BYTES, np.uint8)
-    skip = -raw.ctypes.data % ALIGN_BYTES
-    return raw[skip : skip + elements * 4].view(np.float32)

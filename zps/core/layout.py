@@ -31,7 +31,7 @@ from typing import Any
 
 from zps.errors import DuplicateName, LayoutError, ProtocolError, TensorMismatch
 
-__all__ = ["DTYPES", "ITEMSIZE", "Bucket", "Layout", "Param", "Piece"]
+__all__ = ["ALIGN_BYTES", "DTYPES", "ITEMSIZE", "Bucket", "Layout", "Param", "Piece", "round_up"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes that can be trained."""
@@ -177,7 +177,7 @@ class Layout:
         extra_bytes = []
         for extra in extras:
             extra_bytes.append(byte)
-            byte += _up(extra.nbytes, ALIGN_BYTES)
+            byte += round_up(extra.nbytes, ALIGN_BYTES)
         return cls(
             params=params,
             extras=extras,
@@ -189,7 +189,7 @@ class Layout:
             index=index,
             extra_index=extra_index,
             extra_bytes=tuple(extra_bytes),
-            flat_elements=_up(cutter.begin, ALIGN_ELEMENTS),
+            flat_elements=round_up(cutter.begin, ALIGN_ELEMENTS),
             arena_bytes=arena_bytes,
             total_bytes=byte,
             hash=_digest(_wire(params, extras, bucket_bytes, split, fuse)),
@@ -278,9 +278,9 @@ class _Cutter:
         left = param.numel
         if param.dtype != self.dtype or self._is_full(left, size):
             self.close()
-            self.begin = self.end = _up(self.begin, ALIGN_ELEMENTS)
+            self.begin = self.end = round_up(self.begin, ALIGN_ELEMENTS)
             self.dtype = param.dtype
-        start = _up(self.end, ALIGN_ELEMENTS)
+        start = round_up(self.end, ALIGN_ELEMENTS)
         whole = self.bucket_bytes // size
         index = len(self.first_piece)
         self.first_piece.append(len(self.pieces))
@@ -296,7 +296,7 @@ class _Cutter:
         if len(self.pieces) == self.opened_at:
             return
         size = ITEMSIZE[self.dtype]
-        nbytes = max(_up((self.end - self.begin) * size, ALIGN_BYTES), ALIGN_BYTES)
+        nbytes = max(round_up((self.end - self.begin) * size, ALIGN_BYTES), ALIGN_BYTES)
         pieces = range(self.opened_at, len(self.pieces))
         count = nbytes // size
         self.buckets.append(
@@ -310,7 +310,7 @@ class _Cutter:
         """The next parameter, of the open bucket's dtype, must begin another."""
         if not self.fuse:
             return len(self.pieces) > self.opened_at
-        end = _up(self.end, ALIGN_ELEMENTS) + count
+        end = round_up(self.end, ALIGN_ELEMENTS) + count
         return self.end > self.begin and (end - self.begin) * size > self.bucket_bytes
 
     def _piece(self, param: int, start: int, count: int, done: int) -> None:
@@ -319,7 +319,8 @@ class _Cutter:
         self.end = start + count
 
 
-def _up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple
 
 

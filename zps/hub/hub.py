@@ -34,7 +34,7 @@ from zps.memory.control import Control
 from zps.memory.segment import Segment, private_bytes
 from zps.trace import Tracer
 from zps.wire import messages as m
-from zps.wire.sockets import Frame, Router, readable
+from zps.wire.sockets import Frame, Router, host_id, readable
 
 log = logging.getLogger("zps.hub")
 
@@ -47,6 +47,7 @@ _POLL_BACKLOG_MS = 10
 _PARTING_S = 0.1
 _TURN_MESSAGES = 256  # a peer that never stops sending does not keep the others from their updates
 _PLAIN = Ring(seq=0, after=0, round=0, samples=1.0, grad_scale=1.0, finite=True, hold=False)
+_PROBE_BYTES = memoryview(bytes(m.MAX_PROBE_BYTES))  # one for all: answers not read take no memory
 _MAX_TEXT = 700  # a header holds 4 KiB, and a character up to 4 bytes
 
 
@@ -260,6 +261,9 @@ class Hub:
         if isinstance(message, m.Hello):
             self._on_hello(route, message)
             return
+        if isinstance(message, m.Probe):
+            self._on_probe(route, message)
+            return
         if not isinstance(message, m.Sessioned):
             raise ProtocolError(f"a {message.tag} message is for workers")
         peer = self._roster.sender(route, message)
@@ -312,6 +316,17 @@ class Hub:
             self._on_stats(peer, message)
         elif isinstance(message, m.Bye):
             self._on_bye(peer, message)
+
+    def _on_probe(self, route: bytes, probe: m.Probe) -> None:
+        """Let a stranger measure the way here; not while there is somebody to disturb."""
+        self._asked = probe.seq
+        if len(self._roster):
+            ranks = sorted(peer.rank for peer in self._roster)
+            raise Refused(
+                "busy", f"it would slow down those who work here, ranks {ranks}"[:_MAX_TEXT]
+            )
+        answer: list[Frame] = [m.encode(m.Probed(seq=probe.seq, host=host_id()))]
+        self._router.send(route, answer + [_PROBE_BYTES[: probe.back]] * bool(probe.back))
 
     # --- joining ------------------------------------------------------------------------------
 
@@ -796,13 +811,8 @@ class Hub:
 
 def _check_weights(samples: float, grad_scale: float) -> None:
     weight = samples / grad_scale if grad_scale > 0 else -1.0
-    if samples != 0 and not (_in_range(samples) and _in_range(weight)):
+    if samples != 0 and not (m.in_range(samples) and m.in_range(weight)):
         raise ProtocolError(f"samples={samples}, grad_scale={grad_scale}")
-
-
-def _in_range(weight: float) -> bool:
-    """Whether the kernels, which compute in float32, can weight and divide by it."""
-    return 1e-30 <= weight <= 1e30
 
 
 def _only(payload: Sequence[Frame]) -> Frame:

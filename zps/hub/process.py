@@ -20,13 +20,14 @@ from typing import IO, Any
 import zmq
 
 from zps.config import CONFIG_VARIABLE, Settings
+from zps.core.address import parse
 from zps.errors import ConfigError, HubUnreachable, ZpsError
 from zps.hub.hub import Hub
 from zps.hub.store import ForeignFactory
 from zps.memory.heap import keep_freed_memory
 from zps.optim import registry
 from zps.optim.base import Rule
-from zps.wire.address import IpcHome, home_of, parse, sweep_home
+from zps.wire.address import IpcHome, home_of, sweep_home
 from zps.wire.sockets import Router, readable
 
 log = logging.getLogger("zps.hub")

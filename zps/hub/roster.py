@@ -6,11 +6,15 @@ import os
 import secrets
 from collections.abc import Iterator
 
+from zps.codec.spec import Compression
 from zps.config import Settings
 from zps.core.membership import Admitted, Membership
+from zps.errors import CompressionSyntaxError
 from zps.hub.job import Peer, Refused
 from zps.wire import messages as m
 from zps.wire.sockets import host_id
+
+_CODECS = ("compression", "pull_compression")
 
 
 class Roster:
@@ -79,11 +83,7 @@ class Roster:
         ours["world_size"] = self.world_size if self._world_is_known else None
         for name, theirs in {**hello.settings, "world_size": hello.world_size}.items():
             if theirs is not None and ours.get(name) not in (None, theirs):
-                raise Refused(
-                    "settings",
-                    f"{name} is {theirs!r} on the worker but {ours[name]!r} on the hub; "
-                    "set it alike on both, or on the hub alone",
-                )
+                raise Refused("settings", _unlike(name, theirs, ours[name]))
 
     def admit(self, route: bytes, hello: m.Hello, connection: int = -1) -> tuple[Peer, bool]:
         """The worker's peer, and whether it is new; a repeated hello gets the same again.
@@ -139,6 +139,23 @@ class Roster:
 
     def _free_rank(self) -> int:
         return next((r for r in self.ranks if r not in self._by_rank), self.ranks.stop)
+
+
+def _unlike(name: str, theirs: m.Setting, ours: object) -> str:
+    """Why a worker with this value of a shared setting is refused, and what it can do."""
+    if name in _CODECS and isinstance(theirs, str):
+        try:
+            Compression.parse(theirs, weights=name == "pull_compression")
+        except CompressionSyntaxError as error:  # alike on both would not help here
+            return (
+                f"this hub cannot read the worker's {name}: {error.what}; expected "
+                f"{error.expected}. Install the same version of zps on both sides, or choose what "
+                "both know"
+            )
+    return (
+        f"{name} is {theirs!r} on the worker but {ours!r} on the hub; "
+        "set it alike on both, or on the hub alone"
+    )
 
 
 def _watch(hello: m.Hello) -> int:

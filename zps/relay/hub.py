@@ -275,7 +275,12 @@ class NodeHub(Hub):
             "missing": sorted({*mine["missing"], *others["missing"]}),
             "waiting_for": sorted({*mine["waiting_for"], *others["waiting_for"]}),
             "counters": theirs["counters"],
-            "upstream": {**theirs, "address": self._up.address, "sent_bytes": self._up.sent_bytes},
+            "upstream": {
+                **theirs,
+                "address": self._up.address,
+                "sent_bytes": self._up.sent_bytes,
+                "received_bytes": self._up.received_bytes,
+            },
         }
 
     def _ranks_of(self, nodes: Iterable[int]) -> list[int]:

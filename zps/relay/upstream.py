@@ -45,19 +45,16 @@ class Upstream(Session):
                 f"the number of nodes, {settings.nodes}"
             ) from None
         try:
-            self.agreed = settings.replace(**self._theirs())
+            self.agreed = self.agree()
         except BaseException:
             self.close()
             raise
         self.sent_bytes = 0
         """Payload that went up: gradients first of all."""
+        self.received_bytes = 0
+        """Payload of WEIGHTS that came down, with their step counts."""
         self._queue: deque[list[Frame]] = deque()
         self._asked: dict[int, tuple[Then, OnRefusal | None]] = {}
-
-    def _theirs(self) -> dict[str, m.Setting]:
-        """The other hub's values of the shared settings."""
-        shared = self.welcome.settings.items()
-        return {name: value for name, value in shared if value is not None and name != "world_size"}
 
     @property
     def watched(self) -> tuple[int | zmq.Socket[bytes], ...]:
@@ -130,6 +127,7 @@ class Upstream(Session):
 
     def _act(self, message: m.Message, payload: list[Frame]) -> None:
         if isinstance(message, Payload):
+            self.received_bytes += sum(len(frame) for frame in payload)
             self.on_payload(message, payload)
         elif isinstance(message, m.Closing):
             raise HubLost(f"it has ended the job: {message.text}")

@@ -1,4 +1,5 @@
 """Which compression suits a model and a link: measured on real gradients, and advised.
 
-`tune.tune` for programs, `capture.run` for a script's gradients; `measure` and `cost` are pure.
+`tune.tune` for programs, `capture.run` for a script's gradients, `bandwidth.measure_link` for the
+link; `measure` and `cost` are pure.
 """

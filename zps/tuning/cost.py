@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from zps.errors import ConfigError
 from zps.tuning.measure import Measurement
 
-__all__ = ["Advice", "Link", "advise", "break_even", "round_s"]
+__all__ = ["Advice", "Link", "Rates", "advise", "break_even", "round_s"]
 
 #: A compression must be this much faster than none: measurements are not exact, and a codec is one
 #: thing more that can matter to how a model learns.
@@ -28,10 +28,31 @@ _POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclass(frozen=True, slots=True)
+class Rates:
+    """What was measured of a way to the hub: bytes a second there and back, and how."""
+
+    to_hub: float
+    from_hub: float
+    how: str
+
+    def __str__(self) -> str:
+        there, back = (
+            f"{human_bandwidth(rate)} ({_scaled(rate, 'B/s')})"
+            for rate in (self.to_hub, self.from_hub)
+        )
+        return f"{there} to the hub, {back} back, {self.how}"
+
+
+@dataclass(frozen=True, slots=True)
 class Link:
-    """The way to the hub. bandwidth: bytes a second; None: shared memory, nothing is sent."""
+    """The way to the hub.
+
+    bandwidth  bytes a second that a gradient is sent with; None: shared memory, nothing is sent
+    measured   None: somebody has said what the bandwidth is
+    """
 
     bandwidth: float | None = None
+    measured: Rates | None = None
 
     @classmethod
     def parse(cls, text: str | None) -> Link:
@@ -47,7 +68,9 @@ class Link:
         return cls(float(match[1]) * 1000 ** _POWERS[match[2]] / bits)
 
     def __str__(self) -> str:
-        return "shared memory" if self.bandwidth is None else human_bandwidth(self.bandwidth)
+        if self.bandwidth is None:
+            return "shared memory"
+        return human_bandwidth(self.bandwidth) + " (measured)" * (self.measured is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +131,15 @@ def advise(
 
 def human_bandwidth(bytes_s: float) -> str:
     """Bits a second with a unit: "8.50 Gbit/s"."""
-    value, unit = bytes_s * 8, "bit/s"
-    for larger in ("kbit/s", "Mbit/s", "Gbit/s", "Tbit/s"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}"
+    return _scaled(bytes_s * 8, "bit/s")
+
+
+def _scaled(value: float, unit: str) -> str:
+    prefixes = iter(("k", "M", "G", "T"))
+    prefix = ""
+    while value >= 1000 and (larger := next(prefixes, "")):
+        value, prefix = value / 1000, larger
+    return f"{value:.3g} {prefix}{unit}"
 
 
 def _why_none(

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zps.codec.base import Codec
-from zps.codec.plan import ALIGN_BYTES, Plan
+from zps.codec.plan import Plan, aligned_zeros
 from zps.codec.residual import Residual
 from zps.codec.spec import Compression
 from zps.core.layout import Layout, Param
@@ -153,7 +152,7 @@ class _Bench:
         self._steps = gradients.steps
         self._runner = runner
         self._clock = clock
-        self._slot = _aligned(self.plan.total_bytes)
+        self._slot = aligned_zeros(self.plan.total_bytes)
 
     def round(self, step: int, residual: Residual | None, seed: int = 0) -> tuple[float, float]:
         """Encode one step's gradients and decode them; the seconds that each has taken."""
@@ -213,9 +212,3 @@ class _Likeness:
 def _dot(a: Float32, b: Float32) -> float:
     """In float64: a float32 sum of a million squares is good to three digits."""
     return float(np.einsum("i,i->", a, b, dtype=np.float64))
-
-
-def _aligned(nbytes: int) -> NDArray[np.uint8]:
-    raw = np.zeros(nbytes + ALIGN_BYTES, np.uint8)
-    skip = -raw.ctypes.data % ALIGN_BYTES
-    return raw[skip : skip + nbytes]

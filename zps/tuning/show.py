@@ -48,6 +48,8 @@ def table(report: Report) -> Table:
         )
     rounds = report.rows[0].measured.rounds
     shown.caption = f"sum: over {rounds} rounds, with error feedback where the codec has it"
+    if report.link.measured is not None:
+        shown.caption += f"\nlink: {report.link.measured}"
     shown.caption_justify = "left"
     return shown
 

@@ -13,6 +13,7 @@ from zps.codec.spec import Compression
 from zps.config import Settings
 from zps.core.layout import Param
 from zps.errors import UnknownName
+from zps.tuning.bandwidth import measure_link
 from zps.tuning.cost import Advice, Link, advise, break_even, round_s
 from zps.tuning.measure import CANDIDATES, Gradients, Measurement, measure
 from zps.tuning.runner import CodecRunner, NativeRunner
@@ -44,7 +45,7 @@ class Report:
     advice: Advice
 
     def to_json(self) -> str:
-        """One object; times in seconds, bandwidths in bytes a second."""
+        """One object; times in seconds, bandwidths in bytes a second; link: if it was measured."""
         rows = [
             {
                 **asdict(row.measured),
@@ -58,6 +59,7 @@ class Report:
         found = {
             "advice": asdict(self.advice),
             "bandwidth": self.link.bandwidth,
+            "link": None if self.link.measured is None else asdict(self.link.measured),
             "workers": self.workers,
             "max_error": self.max_error,
             "measured": rows,
@@ -81,21 +83,24 @@ def tune(
     gradients   of consecutive steps, each by parameter name; None: the one that `p.grad` holds now.
                 A parameter that a step does not name has no gradient in it
     candidates  texts as in ZPS_COMPRESSION; `none` is measured in any case
-    bandwidth   of the hub's link, such as "10Gbit/s"; None: shared memory
+    bandwidth   of the hub's link, such as "10Gbit/s"; "measure": found out, see
+                `bandwidth.measure_link`; None: shared memory
     workers     how many push over that link
     max_error   the most that the sum of a few rounds may be wrong by, relative to its norm
     settings    for bucket_bytes and compression_min_bytes; None: `zps.Settings.load()`
     runner      what encodes; None: the kernels that training uses, on one thread
     Returns a Report: `report.advice` is what to set, and why.
-    Raises UnknownName, LayoutError, ConfigError (CompressionSyntaxError, of a candidate).
+    Raises UnknownName, LayoutError, ConfigError (CompressionSyntaxError, of a candidate), and what
+    `measure_link` raises.
     """
+    settings = Settings.load() if settings is None else settings
     return report_on(
         _gradients(model, gradients),
         compressions=[Compression.parse(text) for text in candidates],
-        link=Link.parse(bandwidth),
+        link=measure_link(settings) if bandwidth == "measure" else Link.parse(bandwidth),
         workers=workers,
         max_error=max_error,
-        settings=Settings.load() if settings is None else settings,
+        settings=settings,
         runner=NativeRunner() if runner is None else runner,
     )
 

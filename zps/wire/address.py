@@ -1,4 +1,4 @@
-"""Addresses, and the private directory in which a hub's ipc socket lives.
+"""The private directory in which a hub's ipc socket lives.
 
 A second bind on one ipc path succeeds silently and steals the clients, so a hub first takes a lock
 beside the socket. What a killed hub leaves there is swept by whoever notices: a lock that nobody
@@ -14,29 +14,10 @@ import secrets
 import stat
 from pathlib import Path
 
-from zps.errors import ConfigError, HubError
+from zps.core.address import parse
+from zps.errors import HubError
 
-_MAX_IPC_PATH = 107  # sun_path, less its terminator
 _SOCKET, _LOCK = "s", "lock"
-
-
-def parse(address: str) -> tuple[str, str]:
-    """Split `ipc:///path` or `tcp://host:port`; raises ConfigError with the right form."""
-    scheme, _, rest = address.partition("://")
-    if scheme == "ipc" and rest.startswith("/"):
-        if len(os.fsencode(rest)) > _MAX_IPC_PATH:
-            raise ConfigError(
-                f"ipc path {rest!r} has {len(os.fsencode(rest))} bytes; the system allows "
-                f"{_MAX_IPC_PATH}. Set ZPS_RUNTIME_DIR to a shorter directory."
-            )
-        return scheme, rest
-    if scheme == "tcp":
-        host, _, port = rest.rpartition(":")
-        if host and port.isdigit() and 0 < int(port) < 65536:
-            return scheme, rest
-    raise ConfigError(
-        f"hub address {address!r} cannot be read; write ipc:///path/to/socket or tcp://host:port"
-    )
 
 
 def ipc_address(runtime_dir: Path, token: str) -> str:

@@ -16,6 +16,7 @@ from zps.errors import ProtocolError
 
 PROTOCOL = 1
 MAX_HEADER_BYTES = 4096
+MAX_PROBE_BYTES = 1 << 20
 MAX_PUSH_BUCKETS = 256  # keeps the header of a PUSH under its limit; longer pushes are cut
 _MAX_ITEMS = 512
 _MAX_CONTAINERS = 64
@@ -45,6 +46,17 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     tag: ClassVar[str]
+
+
+class Probe(Message):
+    """How fast is the way to a hub that nobody works with? Payload: any bytes, or none.
+
+    Answered with PROBED, without a hello and without effect; refused once a worker has joined.
+    """
+
+    tag: ClassVar[str] = "probe"
+    seq: Seq
+    back: Annotated[int, Field(ge=0, le=MAX_PROBE_BYTES)]  # bytes of payload in the answer
 
 
 class Sessioned(Message):
@@ -118,6 +130,12 @@ class Push(Sessioned):
     hypers: bool
     absent: bool
     inline: bool = False
+
+
+def in_range(weight: float) -> bool:
+    """Whether `samples`, `grad_scale` or their ratio is one that the kernels, which compute in
+    float32, can weight and divide by."""
+    return 1e-30 <= weight <= 1e30
 
 
 class Data(Sessioned):
@@ -210,6 +228,14 @@ class Welcome(Message):
     settings: dict[Name, Setting]
 
 
+class Probed(Message):
+    """Answer to the probe `seq`. Payload: as many bytes as it asked for, if any."""
+
+    tag: ClassVar[str] = "probed"
+    seq: Seq
+    host: Name
+
+
 class Attach(Message):
     """The layout is accepted: where weights, slots, control and bell lie, and the first round.
 
@@ -298,8 +324,8 @@ _MODELS: dict[str, type[Message]] = {
     model.tag: model
     for model in (
         *(Hello, Declare, Enter, Publish, Push, Data, Verdict, Pull, Read, Write, SetSteps),
-        *(Barrier, Stats, Bye),
-        *(Welcome, Attach, Fetch, Consumed, Weights, Partial, Ok, Refuse, Closing),
+        *(Barrier, Stats, Bye, Probe),
+        *(Probed, Welcome, Attach, Fetch, Consumed, Weights, Partial, Ok, Refuse, Closing),
     )
 }
 

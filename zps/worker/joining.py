@@ -26,7 +26,8 @@ def greet(
 ) -> list[Session]:
     """A session at every hub, in order; the first one gives the rank where there is none.
 
-    Raises what `Session` does, and ConfigError for hubs that differ in a setting.
+    Raises what `Session` does, and ConfigError for hubs that differ in a setting, or
+    have one that this version does not know.
     """
     sessions: list[Session] = []
     try:
@@ -34,6 +35,7 @@ def greet(
             sessions.append(Session(address, settings, rank, world_size))
             rank, world_size = sessions[-1].rank, sessions[-1].world_size
             _check_alike(sessions[0], sessions[-1])
+        sessions[0].agree()  # now, while whoever cannot take them can still leave
     except BaseException:
         leave(sessions, failed=False)  # the rank is free again
         raise

@@ -10,12 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zps.errors import GradientError
-from zps.wire.messages import MAX_PUSH_BUCKETS
-
-
-def in_range(weight: float) -> bool:
-    """Whether the kernels, which compute in float32, can weight and divide by it."""
-    return 1e-30 <= weight <= 1e30
+from zps.wire.messages import MAX_PUSH_BUCKETS, in_range
 
 
 @dataclass(frozen=True, slots=True)

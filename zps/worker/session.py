@@ -13,6 +13,7 @@ from typing import Any
 import zmq
 
 from zps.config import Settings
+from zps.core.address import parse
 from zps.errors import (
     Closed,
     ConfigError,
@@ -29,7 +30,7 @@ from zps.errors import (
     ZpsError,
 )
 from zps.wire import messages as m
-from zps.wire.address import home_of, parse, sweep_home
+from zps.wire.address import home_of, sweep_home
 from zps.wire.messages import SHARED_SETTINGS
 from zps.wire.sockets import Dealer, Frame, host_id, readable
 
@@ -125,6 +126,21 @@ class Session:
     def same_host(self) -> bool:
         """Whether the hub's processes and memory can be reached from here."""
         return self._pidfd >= 0
+
+    def agree(self) -> Settings:
+        """The settings of this worker, with the hub's values of the shared ones.
+
+        Raises ConfigError for a value that this version does not know.
+        """
+        theirs = self.welcome.settings.items()
+        shared = {k: v for k, v in theirs if v is not None and k != "world_size"}
+        try:
+            return self.settings.replace(**shared)
+        except ConfigError as error:
+            raise ConfigError(
+                f"the hub at {self.address} has settings that this worker cannot take: {error}\n"
+                "Install the same version of zps on both sides, or choose what both know"
+            ) from None
 
     # --- requests -----------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from zps.config import Settings
+from zps.core.address import split
 from zps.core.layout import Layout, Param
 from zps.core.shards import Shard, cut
 from zps.errors import (
@@ -74,7 +75,7 @@ class Worker:
             raise RankOutOfRange(f"rank {rank} of {world_size} workers: ranks count from 0")
         self._sessions = joining.greet(addresses, settings, rank, world_size)
         self._session = self._sessions[0]  # for what one hub answers for all
-        self.settings = settings.replace(**self._agreed())
+        self.settings = self._session.agree()
         self.rank = self._session.rank
         self.world_size = self._session.world_size
         self._model: Assembly | None = None
@@ -84,11 +85,6 @@ class Worker:
         self._under_way: list[Work] = []  # pushes that may still lie in their slots
         self._at_close: list[Callable[[bool], None]] = []
         self.tracer = WorkerTracer(self.settings.trace)
-
-    def _agreed(self) -> dict[str, Any]:
-        """The hub's values of the shared settings."""
-        welcome = self._session.welcome
-        return {k: v for k, v in welcome.settings.items() if v is not None and k != "world_size"}
 
     # --- declaring ----------------------------------------------------------------------------
 
@@ -491,7 +487,7 @@ class Worker:
 
 def _addresses(address: str | None, settings: Settings) -> tuple[str, ...]:
     """The hubs to join, in order."""
-    named = settings.hubs if address is None else tuple(a.strip() for a in address.split(","))
+    named = settings.hubs if address is None else split(address)
     if not named:
         raise HubUnreachable("no hub is named: pass its address, or set ZPS_HUB")
     if len(set(named)) < len(named):
