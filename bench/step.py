@@ -17,11 +17,13 @@ from bench import harness, report
 from bench.peers import problem
 from bench.peers.base import Peer
 from bench.peers.gloo import Gloo
+from bench.peers.kernel import Kernel
+from bench.peers.mpi import Mpi
 from bench.peers.rpc import Rpc
 from bench.peers.zps_round import Zps, ZpsGrad, ZpsTcp
 from bench.report import Case, Goal
 
-PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, ZpsTcp, Gloo, Rpc)
+PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, ZpsTcp, Kernel, Gloo, Mpi, Rpc)
 GOALS = (
     Goal("zps", "gloo", 5.0, (1_000_000, 25_000_000)),
     Goal("zps-grad", "gloo", 2.5, (1_000_000, 25_000_000)),
