@@ -11,7 +11,6 @@ import logging
 import os
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -20,7 +19,7 @@ import ray
 import torch
 
 from . import problem
-from .base import cores
+from .base import children, cores
 from .problem import Array
 
 NAMESPACE = "bench"
@@ -90,7 +89,7 @@ def serve(world: int, size: int, seed: int, parent: Connection) -> None:
         )
         actors = _start_actors(world, size, seed)
         pids = ray.get([actor.pid.remote() for actor in actors])
-        parent.send((found, (*_children(os.getpid()), *pids)))
+        parent.send((found, (*children(os.getpid()), *pids)))
         with suppress(EOFError):
             parent.recv()
         ray.shutdown()
@@ -123,12 +122,3 @@ def _start_actors(world: int, size: int, seed: int) -> list[Any]:
             for rank in range(world)
         ),
     ]
-
-
-def _children(pid: int) -> list[int]:
-    """The processes that `pid` started itself."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has just ended
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    return [child for child, parent in parents.items() if parent == pid]
