@@ -1,4 +1,4 @@
-"""Peer `rpc`: a parameter server on torch.distributed.rpc, as PyTorch's tutorial builds it."""
+"""Peer `rpc`: the batch-updating parameter server of PyTorch's tutorial on rpc."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from bench.peers.server_process import server_process
 
 class Rpc(Peer):
     name: ClassVar[str] = "rpc"
-    about: ClassVar[str] = "torch.distributed.rpc parameter server, as in PyTorch's tutorial"
+    about: ClassVar[str] = (
+        "torch.distributed.rpc, the batch-updating parameter server of PyTorch's tutorial"
+    )
     spins_when_idle: ClassVar[bool] = True  # tensorpipe's shared-memory transport polls
 
     @classmethod
