@@ -32,7 +32,15 @@ _HOLDER = 'env -0 > "$0/$PMIX_RANK.part" && mv "$0/$PMIX_RANK.part" "$0/$PMIX_RA
 
 
 class Mpi(Peer):
-    """Open MPI with what is fastest here."""
+    """Open MPI's own choices but for the transport: `sm`, with copies by cross-memory attach (CMA).
+
+    Tried in turns with two workers on two cores that others used too (Open MPI 5.0.11; 1 M and 25 M
+    parameters): without CMA a round of 25 M takes twice as long, and with recursive doubling 1.8
+    times. The ring, the segmented ring and Rabenseifner's algorithm, han and tuned alone differ
+    from Open MPI's own choice by no more than the machine varies. Yielding while idle
+    (mpi_yield_when_idle) makes 1 M a tenth slower, with four workers too, and 25 M no faster. There
+    is no xpmem in the wheel, and pml ucx does not start where there is no fabric.
+    """
 
     name: ClassVar[str] = "mpi"
     about: ClassVar[str] = (
