@@ -17,11 +17,15 @@ from bench import harness, report
 from bench.peers import problem
 from bench.peers.base import Peer
 from bench.peers.gloo import Gloo
+from bench.peers.hivemind import Hivemind
+from bench.peers.kernel import Kernel
+from bench.peers.mpi import Mpi
+from bench.peers.ray_actor import RayActor
 from bench.peers.rpc import Rpc
 from bench.peers.zps_round import Zps, ZpsGrad, ZpsTcp
 from bench.report import Case, Goal
 
-PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, ZpsTcp, Gloo, Rpc)
+PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, ZpsTcp, Kernel, Gloo, Mpi, Rpc, RayActor, Hivemind)
 GOALS = (
     Goal("zps", "gloo", 5.0, (1_000_000, 25_000_000)),
     Goal("zps-grad", "gloo", 2.5, (1_000_000, 25_000_000)),

@@ -122,7 +122,7 @@ def _member_main(
         gc.collect()
         gc.freeze()
         gc.disable()  # a collection within a round would be measured with it
-        control.send(("ok", None))
+        control.send(("ok", peer.pids()))
         while (order := control.recv()) is not None:
             command, arguments = order
             control.send(("ok", getattr(member, command)(*arguments)))
@@ -150,6 +150,7 @@ class Team:
         self.server = server
         self._controls: list[Connection] = []
         self._processes: list[BaseProcess] = []
+        self._beside: list[int] = []  # what the workers themselves have started
         self._start(seats)
 
     def _start(self, seats: list[Seat]) -> None:
@@ -171,7 +172,7 @@ class Team:
 
     def ready(self) -> None:
         """Waits until every worker is set up."""
-        self._replies()
+        self._beside = [pid for pids in self._replies() for pid in pids]
         self._signal(signal.SIGSTOP)
 
     def run(self, rounds: int) -> Block:
@@ -193,7 +194,8 @@ class Team:
             yield rank, self._replies(rank)[0]
 
     def pids(self) -> list[int]:
-        return [p.pid for p in self._processes if p.pid is not None] + list(self.server.pids)
+        own = [process.pid for process in self._processes if process.pid is not None]
+        return [*own, *self._beside, *self.server.pids]
 
     def cpu_s(self) -> float:
         """CPU seconds that all its processes have used so far."""
@@ -214,6 +216,7 @@ class Team:
         for control in self._controls:
             control.send(None)
         self._replies()
+        self._beside.clear()
         for process in self._processes:
             process.join(_EXIT_S)
 
@@ -222,6 +225,9 @@ class Team:
         for process in self._processes:
             process.kill()
             process.join()
+        for pid in self._beside:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for control in self._controls:
             control.close()
         self._processes.clear()
