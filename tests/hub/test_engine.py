@@ -185,6 +185,30 @@ def test_a_round_on_hold_waits_for_its_last_bucket():
     assert bench.versions() == [1] * 4
 
 
+@pytest.mark.parametrize("first", [[0], [1, 2, 3]], ids=["held first", "held last"])
+def test_who_asked_for_a_round_to_be_held_need_not_be_in_all_of_it(first):
+    """quorum: another two of three may close each bucket."""
+    bench = Bench("add", quorum=0.5)
+    rest = [bucket for bucket in bench.buckets if bucket not in first]
+    holds = 0 in first
+    pushes = [bench.push(rank, buckets=first, hold=holds) for rank in (0, 1)]
+    pushes += [bench.push(rank, buckets=rest, hold=not holds) for rank in (1, 2)]
+    for pushed, buckets in zip(pushes, (first, first, rest, rest), strict=True):
+        assert [bench.outcomes(pushed)[bucket] for bucket in buckets] == [APPLIED] * len(buckets)
+    assert bench.values() == same(2.0)
+
+
+def test_a_round_on_hold_ends_though_who_asked_for_it_died_on_the_way():
+    bench = Bench("add")
+    bench.push(0, buckets=[0, 1], hold=True)
+    bench.engine.leave(0)
+    bench.push(1)
+    bench.push(2, buckets=[2, 3])  # before any bucket of the dead one's is complete
+    bench.push(2, buckets=[0, 1])
+    assert bench.values() == {"a": 3.0, "b": 3.0, "c": 2.0}
+    assert bench.versions() == [1] * 4
+
+
 def test_one_infinite_gradient_skips_the_round_for_everyone():
     bench = Bench("adam", [{"lr": 0.1}])
     pushes = [bench.push(rank, 1.0, hold=True, finite=rank != 1) for rank in range(3)]

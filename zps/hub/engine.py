@@ -97,11 +97,7 @@ class Engine:
     def leave(self, rank: int) -> None:
         """Wait for `rank` no more. What it pushed counts; what it held back is dropped."""
         self._carry_out(self.rounds.leave(rank))
-        if self._policy.mode is Mode.BSP:
-            over = [key for key in self._held if key[0] < self.rounds.min_round()]
-            for key in sorted(over):  # the rest of these rounds will not come
-                self._judge_held(key)
-        else:
+        if self._policy.mode is not Mode.BSP:
             for key in [key for key in self._held if key[1:] == (rank,)]:
                 for update in filter(None, self._held.pop(key)):
                     self.store.touch(update.bucket)  # its version was counted when it was decided
@@ -202,6 +198,10 @@ class Engine:
                 self._drop(action)
             else:
                 self._decide(self._update(action))
+        if self._held and self._policy.mode is Mode.BSP:
+            over = [key for key in self._held if key[0] < self.rounds.min_round()]
+            for key in sorted(over):  # the rest of these rounds has gone its own way, or never came
+                self._judge_held(key)
 
     def _drop(self, drop: Drop) -> None:
         self.counters[f"dropped_{drop.reason}"] += 1
@@ -227,12 +227,14 @@ class Engine:
 
     def _decide(self, update: Update) -> None:
         """Straight to the kernels, unless the verdict on the whole round comes first."""
-        if self._hand_over is not None or not self._goes_as_a_whole(update.contributions):
-            self._ready.append(update)
-        elif self._policy.mode is Mode.BSP:
-            self._hold((update.round,), update)
+        in_step = self._policy.mode is Mode.BSP
+        key = (update.round,) if in_step else (update.round, update.contributions[0].rank)
+        # With a quorum, or after a death, those who asked for it may not be in every bucket.
+        whole = key in self._held or self._goes_as_a_whole(update.contributions)
+        if whole and self._hand_over is None:
+            self._hold(key, update)
         else:
-            self._hold((update.round, update.contributions[0].rank), update)
+            self._ready.append(update)
 
     def _goes_as_a_whole(self, contributions: Sequence[Pushed]) -> bool:
         """Whether the buckets of a round wait for one another.
