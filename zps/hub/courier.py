@@ -271,6 +271,7 @@ class Courier:
             bucket=bucket,
             version=int(job.control.seq[bucket]) >> 1,
             closed=int(job.control.closed[bucket]),
+            over=int(job.control.closed.min()),
             push=answer.push,
             outcome=int(answer.outcome),
             coded=coded,

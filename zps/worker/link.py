@@ -67,6 +67,11 @@ class Link(Protocol):
         ...
 
     @property
+    def rounds_over(self) -> int:
+        """All buckets have closed in the rounds below this one."""
+        ...
+
+    @property
     def steps(self) -> NDArray[np.int64]:
         """How often each piece of the layout has been updated; changes under the reader."""
         ...

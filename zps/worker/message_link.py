@@ -59,6 +59,7 @@ class MessageLink:
         self._weights, self._slots = weights, slots
         self._versions = np.zeros(count, np.int64)
         self._closed = np.zeros(count, np.int64)
+        self._over = 0
         self._steps = np.zeros(len(layout.pieces), np.int64)
         self._done = np.zeros(count, np.uint64)
         self._deltas = None if way_back.identity else Deltas(way_back)
@@ -77,6 +78,10 @@ class MessageLink:
     @property
     def closed_rounds(self) -> NDArray[np.int64]:
         return self._closed
+
+    @property
+    def rounds_over(self) -> int:
+        return self._over
 
     @property
     def steps(self) -> NDArray[np.int64]:
@@ -216,6 +221,7 @@ class MessageLink:
         self._steps[spec.pieces.start : spec.pieces.stop] = steps
         self._versions[bucket] = message.version
         self._closed[bucket] = message.closed
+        self._over = message.over
         if message.push is not None:
             self._done[bucket] = done_word(message.push, Outcome(message.outcome))
 

@@ -191,6 +191,11 @@ class ShmLink:
         return self._control.closed
 
     @property
+    def rounds_over(self) -> int:
+        closed = self._control.closed
+        return int(closed.min()) if len(closed) else 0
+
+    @property
     def steps(self) -> NDArray[np.int64]:
         return self._control.steps
 

@@ -165,9 +165,9 @@ class Worker:
         attached = joining.declare(
             self._sessions, self.settings, shards, layout, rule=rule, hypers=hypers
         )
-        aliased = self._may_alias
+        aliased, whole = self._may_alias, layout.fuse or max_grad_norm is not None
         return [
-            Channel(session, self.settings, shard, attach, aliased=aliased)
+            Channel(session, self.settings, shard, attach, aliased=aliased, whole=whole)
             for session, shard, attach in zip(self._sessions, shards, attached, strict=True)
         ]
 
