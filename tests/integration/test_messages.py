@@ -39,6 +39,24 @@ def test_a_hub_with_little_room_takes_large_gradients_in_any_order(crew):
                     assert bool((worker.weights(name) == 3.0 + 2 * round_).all())
 
 
+@pytest.mark.parametrize("room", [{}, HUB], ids=["much room", "little room"])
+def test_what_was_pushed_counts_though_its_worker_leaves_at_once(crew, room):
+    hub = crew.hub(**room)
+    with together(hub.address, {"w": torch.zeros(LARGE)}, "sum", link="message") as (first, last):
+        first.push({"w": torch.ones(LARGE)})
+        work = last.push({"w": torch.ones(LARGE)})
+        at_once(first.close, work.wait)
+        assert bool((last.weights("w") == 2.0).all())
+
+
+def test_a_worker_that_leaves_says_what_is_lost_when_the_hub_has_no_room_in_time(crew, caplog):
+    hub = crew.hub(**HUB)
+    with together(hub.address, {"w": torch.zeros(LARGE)}, link="message", timeout_s=0.2) as workers:
+        workers[0].push({"w": torch.ones(LARGE)})  # nobody else does, and it takes all the room
+        workers[0].close()
+    assert "rank 0 leaves, and gradients that it pushed are lost" in caplog.text
+
+
 def clipped_rounds(ctx: Context, rounds: int) -> torch.Tensor:
     param = torch.nn.Parameter(torch.ones(LARGE))
     worker = ctx.worker(link="message")

@@ -589,6 +589,7 @@ class Hub:
     # --- leaving ------------------------------------------------------------------------------
 
     def _on_bye(self, peer: Peer, bye: m.Bye) -> None:
+        self._router.forget(peer.route)  # it waits for this answer alone
         self._reply(peer, m.Ok(seq=bye.seq))
         if bye.failed:
             self._lose(peer, "it ends by an error")
@@ -611,6 +612,7 @@ class Hub:
     def _lose(self, peer: Peer, why: str) -> None:
         """A worker died: decide by policy who goes on."""
         log.warning("rank %d (process %d) is lost: %s", peer.rank, peer.pid, why)
+        self._router.forget(peer.route)
         members, formed = self._roster.members, self._roster.formed
         verdict = members.die(peer.rank)
         if verdict is Verdict.ABORT:
@@ -620,7 +622,6 @@ class Hub:
     def _forget(self, peer: Peer, *, keep_waiting: bool = False) -> None:
         if peer.pidfd >= 0:
             self.unwatch(peer.pidfd)
-        self._router.forget(peer.route)
         if self._courier is not None:
             self._courier.forget(peer)
         self._roster.remove(peer)

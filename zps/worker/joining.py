@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -12,12 +13,14 @@ from zps.core.layout import Layout
 from zps.core.shards import Shard
 from zps.errors import ConfigError, ProtocolError, ZpsError
 from zps.wire import messages as m
+from zps.worker.link import Link
 from zps.worker.session import Session
 from zps.worker.shm_link import reachable
 
 log = logging.getLogger("zps")
 
 _GOODBYE_S = 2.0
+_SLICE_S = 0.1  # how long one hub waits while another is served
 _ENDING_S = 0.5
 
 
@@ -65,14 +68,41 @@ def declare(
     return answers if len(sessions) == 1 else _enter(sessions, answers)
 
 
-def leave(sessions: Sequence[Session], *, failed: bool) -> None:
-    """Say goodbye to every hub, and close. A hub may have gone first: that is no concern here."""
+def hand_over(links: Sequence[Link], rank: int, timeout_s: float) -> bool:
+    """Serve the hubs until each has what was pushed to it; whether there was anything to do.
+
+    Only warns of what is lost, because a hub has ended, or has asked for nothing in `timeout_s`.
+    """
+    owing = [link for link in links if link.owes]
+    why = f"no hub has asked for them in {timeout_s:g} s"
+    left = before = sum(link.owes for link in owing)
+    deadline = time.monotonic() + timeout_s
+    try:
+        while left and time.monotonic() < deadline:
+            for link in owing:
+                if link.owes:
+                    link.listen(_SLICE_S)
+            left, before = sum(link.owes for link in owing), left
+            if left < before:
+                deadline = time.monotonic() + timeout_s  # it moves on
+    except ZpsError as error:
+        why = str(error)
+    if left:
+        log.warning("rank %d leaves, and gradients that it pushed are lost: %s", rank, why)
+    return bool(owing)
+
+
+def leave(sessions: Sequence[Session], *, failed: bool, timeout_s: float = _GOODBYE_S) -> None:
+    """Say goodbye to every hub, and close. A hub may have gone first: that is no concern here.
+
+    timeout_s  how long to wait for an answer, which comes after all that was sent has arrived
+    """
     for session in sessions:
         session.neighbours = []  # their sockets close one after the other
     for session in sessions:
         with contextlib.suppress(ZpsError), session.sequenced() as seq:
             bye = m.Bye(**session.header(seq), failed=failed)
-            session.request(bye, timeout_s=_GOODBYE_S)
+            session.request(bye, timeout_s=timeout_s)
         session.close()
         session.last_words = str
 

@@ -126,6 +126,14 @@ class Link(Protocol):
         """Where this worker is to keep the weights it computes on, if the hub wants to see them."""
         ...
 
+    @property
+    def owes(self) -> int:
+        """How many buckets that were pushed the hub has yet to ask for: a goodbye would lose them.
+
+        `listen` hands over what it asks for.
+        """
+        ...
+
     def last_words(self) -> str:
         """Why the hub ended, once it has, and if it could say."""
         ...

@@ -62,6 +62,7 @@ class MessageLink:
         self._over = 0
         self._steps = np.zeros(len(layout.pieces), np.int64)
         self._done = np.zeros(count, np.uint64)
+        self._announced: set[int] = set()  # buckets the hub has yet to ask for
         self._deltas = None if way_back.identity else Deltas(way_back)
         session.on_payload = self._on_payload
 
@@ -107,6 +108,8 @@ class MessageLink:
                 absent=info.absent is not None,
                 inline=inline,
             )
+            if not inline:
+                self._announced.update(buckets)
             self._session.send(message, *payload)
         return seq
 
@@ -177,6 +180,10 @@ class MessageLink:
     def replica(self) -> NDArray[np.uint8] | None:
         return None
 
+    @property
+    def owes(self) -> int:
+        return len(self._announced)
+
     def last_words(self) -> str:
         return ""
 
@@ -203,6 +210,7 @@ class MessageLink:
                 data = m.Data(**self._session.header(seq), push=fetch.push, bucket=bucket)
                 # Not copied: the slot is this worker's again only when the hub has consumed it.
                 self._session.send(data, *frames)
+            self._announced.discard(bucket)
 
     def _take_weights(self, message: m.Weights, payload: list[Frame]) -> None:
         bucket = message.bucket

@@ -199,6 +199,10 @@ class ShmLink:
     def steps(self) -> NDArray[np.int64]:
         return self._control.steps
 
+    @property
+    def owes(self) -> int:
+        return 0  # the hub keeps the slots for as long as it needs them
+
     def last_words(self) -> str:
         return self._control.last_words
 

@@ -381,15 +381,23 @@ class Worker:
     def close(self, *, goodbye: bool = True) -> None:
         """Leave the job. Closing twice is allowed.
 
+        What has been pushed counts, waited for or not. A hub with little room asks for large
+        gradients late, where they travel in messages: this waits for it up to `timeout_s`.
+
         goodbye  True: the others go on without this worker; False: it has failed, and the setting
                  `on_death` says what that means for them
         """
         calls, self._at_close = self._at_close, []
         for call in calls:
             call(goodbye)
-        joining.leave(self._sessions, failed=not goodbye)
+        model, timeout_s = self._model, self.settings.timeout_s
+        links = [channel.link for channel in model.channels] if goodbye and model else []
+        if joining.hand_over(links, self.rank, timeout_s):
+            joining.leave(self._sessions, failed=False, timeout_s=timeout_s)
+        else:
+            joining.leave(self._sessions, failed=not goodbye)
         self._under_way.clear()
-        model, self._model = self._model, None
+        self._model = None
         if model is not None:
             model.close()
             self._closed = True
