@@ -235,11 +235,13 @@ class Hub:
             self._on_enter(peer, message)
         elif isinstance(message, m.Publish):
             self._declared(peer)
+            peer.at_work = True
             self._collect("publish", peer, message.seq)
         elif isinstance(message, m.Barrier):
             self._collect("barrier", peer, message.seq)
         elif isinstance(message, m.Pull):
             self._remote(peer).pull(peer, message)
+            peer.at_work = True
         elif isinstance(message, m.Read):
             self._on_read(peer, message)
         elif isinstance(message, m.Write):
@@ -300,8 +302,11 @@ class Hub:
                 ),
             )
         self._job.check_same(declared, f"rank {peer.rank}")
-        if not peer.declared:  # else it asks again, because the answer came too late for it
+        if peer.declared:  # it asks again, because the answer came too late for it
+            _check_repeated(peer, declared, shared=message.shared)
+        else:
             self._attach(self._job, peer, declared)
+        peer.shares = message.shared
         self._equip(self._job, peer, shared=message.shared)
         if message.hubs > 1 and self._roster.formed:
             # All hubs let it in at the same round: they hear which one when each has named its own.
@@ -366,7 +371,7 @@ class Hub:
 
     def _attach(self, job: Job, peer: Peer, declared: Declaration) -> None:
         peer.declared = True
-        peer.hypers = declared.hypers
+        peer.hypers = peer.first_hypers = declared.hypers
         self._roster.members.declared(peer.rank)
         if self._replace_by.pop(peer.rank, None) is not None:
             job.engine.leave(peer.rank)  # the one before it, for whom the round was kept open
@@ -419,6 +424,7 @@ class Hub:
 
     def _on_push(self, peer: Peer, push: m.Push, payload: Sequence[Frame]) -> None:
         job = self._declared(peer)
+        peer.at_work = True
         if not self._roster.formed:
             raise Refused("not_formed", "a push before the initial weights were published")
         payload, inline = payload[: push.hypers + push.absent], payload[push.hypers + push.absent :]
@@ -680,6 +686,23 @@ class Hub:
             self._deliver(peer, refusal)
         else:
             self._router.send(route, refusal)
+
+
+def _check_repeated(peer: Peer, declared: Declaration, *, shared: bool) -> None:
+    """Raise Refused if a peer that has declared says something else now.
+
+    It may change to messages, when it cannot map what it was offered, until it is at work.
+    """
+    first = peer.first_hypers
+    assert first is not None
+    if declared.hypers.groups != first.groups:
+        raise Refused(
+            "declared",
+            f"rank {peer.rank} has declared other hyperparameters; new ones come with a push",
+        )
+    if shared != peer.shares and peer.at_work:
+        agreed = "shared memory" if peer.shares else "messages"
+        raise Refused("declared", f"rank {peer.rank} is at work over {agreed}, and stays with that")
 
 
 def _in_range(weight: float) -> bool:
