@@ -16,6 +16,7 @@ from tests.workers import PATIENCE_S, Context, at_once, together
 from zps import Worker
 from zps.errors import ConfigError, HubLost
 from zps.memory.control import Outcome
+from zps.wire import messages as m
 from zps.worker.message_link import INLINE_BYTES, MessageLink
 from zps.worker.shm_link import ShmLink
 
@@ -78,6 +79,31 @@ def test_a_round_that_is_judged_as_a_whole_may_be_larger_than_the_room(run):
         sgd.step()
     for result in results:
         assert_close([result], [param.detach()])
+
+
+@pytest.mark.parametrize("mode", ["ssp", "async"])
+def test_out_of_step_each_workers_whole_round_may_be_larger_than_the_room(run, mode):
+    results = run(clipped_rounds, 4, hub={"mode": mode, **HUB})
+    for result in results:
+        assert bool(result.isfinite().all())
+        assert bool((result < 1.0).all())
+
+
+def test_a_worker_that_reads_no_weights_keeps_no_other_waiting(crew):
+    room = 256 << 10
+    hub = crew.hub(mode="async", bucket_bytes=room // 2, hub_buffer_bytes=room)
+    weights = torch.arange(4.0 * (1 << 20))  # more than what sockets take before they are full
+    # Less than the heartbeat's patience with who reads nothing, at whose end all could go on.
+    options = {"link": "message", "timeout_s": 5.0}
+    with together(hub.address, {"w": weights}, "add", **options) as (idle, busy):
+        session = idle.channels[0].session
+        with session.sequenced() as seq:
+            every = list(range(len(idle.layout.buckets)))
+            session.send(m.Pull(**session.header(seq), buckets=every, whole=False))
+        assert session._dealer.socket.poll(PATIENCE_S * 1000)  # the hub is at it
+        busy.push({"w": torch.ones_like(weights)}).wait()
+        busy.pull()
+        assert torch.equal(busy.weights("w"), weights + 1.0)
 
 
 def test_workers_may_differ_in_their_link(crew):

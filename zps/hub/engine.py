@@ -17,7 +17,7 @@ from zps import native
 from zps.core.rounds import Apply, Drop, Mode, Rounds
 from zps.core.staleness import StalenessPolicy, lr_factor
 from zps.hub.docket import SKIP, Docket, Due, Findings, Question
-from zps.hub.store import Pushed, Store, Update
+from zps.hub.store import Hypers, Pushed, Store, Update
 from zps.memory.control import Control, Outcome, done_word
 
 HandOver = Callable[[list[Update]], None]
@@ -114,6 +114,20 @@ class Engine:
         if self._docket is not None and self._docket.holds_before(round_):
             return False
         return self.rounds.min_round() >= round_
+
+    def expect_remote(self, hypers: Hypers, *, hold: bool = False) -> bool:
+        """A worker is remote: whether its gradients lie here until all of their round have come.
+
+        In step the average of what is on hold takes their place, for which memory is got now.
+        hold  it asks for that. Raises OutOfMemory.
+        """
+        whole = hold or hypers.max_grad_norm is not None or self.store.steps_whole_rounds
+        if not whole or self._hand_over is not None:
+            return False
+        if self._policy.mode is Mode.BSP:
+            self.store.ensure_accumulator()
+            return False
+        return True
 
     # --- pushes -------------------------------------------------------------------------------
 
@@ -255,17 +269,20 @@ class Engine:
             self._judge_held(key)
 
     def _let_go(self, update: Update) -> None:
-        """Hold the average instead of what came in messages, which would be all of a round."""
+        """In step, hold the average instead of what came in messages, which would be all of it."""
         remote = [c for c in update.contributions if c.remote]
-        if not remote:
+        if not remote or self._policy.mode is not Mode.BSP:
             return
-        if self._policy.mode is Mode.BSP and self.store.accumulate(update):
+        if self.store.accumulate(update):
             update.contributions = tuple(replace(c, slots=None) for c in update.contributions)
         self.released += [(c, update.bucket) for c in remote]
 
     def _judge_held(self, key: tuple[int, ...]) -> None:
         updates = [update for update in self._held.pop(key) if update is not None]
         updates.sort(key=lambda update: update.bucket)
+        if self._docket is not None:
+            # It waits for other hubs, which may wait for room that this one's next round takes.
+            self.released += [(c, u.bucket) for u in updates for c in u.contributions if c.remote]
         self.flush()  # keeps updates in the order they were decided in
         measured = self._measure(updates)
         if self._docket is not None:

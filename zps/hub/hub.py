@@ -366,6 +366,8 @@ class Hub:
             peer.slots.close()
             peer.slots = None
         assert self._courier is not None
+        assert peer.hypers is not None
+        job.engine.expect_remote(peer.hypers)  # may refuse, before anything is kept for it
         if peer.base is None and (self._keeps_base or self._courier.remembers_peers()):
             peer.base = private_bytes(job.layout.arena_bytes, f"what rank {peer.rank} holds")
 
