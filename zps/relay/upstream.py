@@ -129,11 +129,11 @@ class Upstream(Session):
         else:
             self._hand_over(owes)
         self.on_payload = lambda *_: None  # what it would be written into is about to go
-        with contextlib.suppress(ZpsError), self.sequenced() as seq:
-            self.send(m.Bye(**self.header(seq), failed=failed))
+        with contextlib.suppress(ZpsError):
+            bye = self.post(m.Bye, failed=failed)
             while self._queue and self._dealer.socket.poll(int(_GOODBYE_S * 1000), zmq.POLLOUT):
                 self.flush()
-            self._answer_to(seq, _GOODBYE_S)
+            self.answer(bye, timeout_s=_GOODBYE_S)
         self._queue.clear()
         self.close()
 

@@ -152,6 +152,7 @@ class Dealer:
         self.socket.setsockopt(zmq.IMMEDIATE, 1)
         self.socket.setsockopt(zmq.ROUTING_ID, b"w" + os.urandom(15))
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.monitor_descriptor = int(self.monitor.getsockopt(zmq.FD))
         self.socket.connect(address)
         self.address = address
         self._cut = False

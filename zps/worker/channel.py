@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -74,6 +75,7 @@ class Channel:
         self._next_round = np.full(count, self.link.first_round, np.int64)
         self._last_seq = np.zeros(count, np.uint64)
         self._settled = np.zeros(count, np.uint64)  # the last whose outcome is known
+        self._accounts = threading.Lock()  # of what was lost: one thread pushes, another waits
         self._replica = self._make_replica()
         self.encoder = Encoder(plan, self.link.slots, stream=session.rank)
         self.weights = [self._tensor(self._replica, i) for i in range(len(layout.params))]
@@ -130,12 +132,13 @@ class Channel:
                 part = same[at : at + m.MAX_PUSH_BUCKETS]
                 self._last_seq[part] = self.link.push(number, part.tolist(), info)
             self._next_round[same] = number + 1
-        if info.finite and info.samples > 0:
-            absent = () if info.absent is None else info.absent.tolist()
-            self.encoder.commit(buckets, info.grad_scale, absent=absent)
-        else:
-            # It counts nothing, so that what was lost before is still to be sent.
-            self.encoder.withhold(buckets)
+        with self._accounts:
+            if info.finite and info.samples > 0:
+                absent = () if info.absent is None else info.absent.tolist()
+                self.encoder.commit(buckets, info.grad_scale, absent=absent)
+            else:
+                # It counts nothing, so that what was lost before is still to be sent.
+                self.encoder.withhold(buckets)
         return Part(self.link, buckets, self._last_seq[buckets], self._settle)
 
     def refresh(self, buckets: Sequence[int] | NDArray[np.uint32] | None = None) -> None:
@@ -162,30 +165,24 @@ class Channel:
         """Make what lies in the arena the truth; returns once every live worker has called it."""
         if self.session.rank == 0:
             self.link.upload()
-        with self.session.sequenced() as seq:
-            self.session.request(m.Publish(**self.session.header(seq)))
+        self.session.request(m.Publish)
         self.link.download()
 
     def read(self, what: Readable, index: int, field: str = "") -> bytes:
         """Bytes of optimizer state that live in the hub: see the READ message."""
-        with self.session.sequenced() as seq:
-            read = m.Read(**self.session.header(seq), what=what, field=field, index=index)
-            _, payload = self.session.request(read)
+        _, payload = self.session.request(m.Read, what=what, field=field, index=index)
         return b"".join(payload)
 
     def write(self, what: Writable, index: int, data: bytes, field: str = "") -> None:
         """Replace what `read` returns."""
         step = self._settings.bucket_bytes
         chunks = [data[at : at + step] for at in range(0, len(data), step)]
-        with self.session.sequenced() as seq:
-            write = m.Write(**self.session.header(seq), what=what, field=field, index=index)
-            self.session.request(write, *chunks)
+        self.session.request(m.Write, *chunks, what=what, field=field, index=index)
 
     def set_steps(self, steps: NDArray[np.int64]) -> None:
         """Set the step count of every parameter of the whole model, of which this hub has some."""
         own = steps[self._owners]
-        with self.session.sequenced() as seq:
-            self.session.request(m.SetSteps(**self.session.header(seq)), own.tobytes())
+        self.session.request(m.SetSteps, own.tobytes())
 
     def close(self) -> None:
         """Let go of the memory; the session is the caller's."""
@@ -205,15 +202,16 @@ class Channel:
 
         Once for each push: whoever waits for it later may find a newer one encoded.
         """
-        new = seqs > self._settled[buckets]
-        self._settled[buckets[new]] = seqs[new]
-        lost = [
-            bucket
-            for bucket, outcome in zip(buckets[new], np.array(outcomes)[new], strict=True)
-            if outcome != Outcome.APPLIED
-        ]
-        if lost:
-            self.encoder.revert(lost)
+        with self._accounts:
+            new = seqs > self._settled[buckets]
+            self._settled[buckets[new]] = seqs[new]
+            lost = [
+                bucket
+                for bucket, outcome in zip(buckets[new], np.array(outcomes)[new], strict=True)
+                if outcome != Outcome.APPLIED
+            ]
+            if lost:
+                self.encoder.revert(lost)
 
     def _make_replica(self) -> NDArray[np.uint8]:
         if self.aliased or self.link.private:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from zps.config import Settings
 from zps.core.layout import Layout
@@ -61,10 +61,13 @@ def declare(
         payload = [m.pack(shard.layout.to_wire()), hypers[hub]]
         if hub == 0 and len(sessions) > 1:
             payload.append(m.pack(whole.to_wire()))  # it can say what differs, and how
-        declare = partial(
-            m.Declare, layout_hash=shard.layout.hash, rule=rule, hub=hub, hubs=len(sessions)
-        )
-        answers.append(_connect(session, settings, declare, payload))
+        declaration = {
+            "layout_hash": shard.layout.hash,
+            "rule": rule,
+            "hub": hub,
+            "hubs": len(sessions),
+        }
+        answers.append(_connect(session, settings, declaration, payload))
     return answers if len(sessions) == 1 else _enter(sessions, answers)
 
 
@@ -100,9 +103,8 @@ def leave(sessions: Sequence[Session], *, failed: bool, timeout_s: float = _GOOD
     for session in sessions:
         session.neighbours = []  # their sockets close one after the other
     for session in sessions:
-        with contextlib.suppress(ZpsError), session.sequenced() as seq:
-            bye = m.Bye(**session.header(seq), failed=failed)
-            session.request(bye, timeout_s=timeout_s)
+        with contextlib.suppress(ZpsError):
+            session.request(m.Bye, timeout_s=timeout_s, failed=failed)
         session.close()
         session.last_words = str
 
@@ -110,15 +112,13 @@ def leave(sessions: Sequence[Session], *, failed: bool, timeout_s: float = _GOOD
 def _connect(
     session: Session,
     settings: Settings,
-    declare: Callable[..., m.Declare],
+    declaration: Mapping[str, Any],
     payload: Sequence[bytes],
 ) -> m.Attach:
     """Declare: with memory to share where both sides can and may, for messages otherwise."""
 
     def attach(*, shared: bool) -> m.Attach:
-        with session.sequenced() as seq:
-            message = declare(**session.header(seq), shared=shared)
-            return _attach(session.request(message, *payload)[0])
+        return _attach(session.request(m.Declare, *payload, shared=shared, **declaration)[0])
 
     if settings.link == "shm" and not session.same_host:
         raise ConfigError(
@@ -148,13 +148,11 @@ def _enter(sessions: Sequence[Session], answers: list[m.Attach]) -> list[m.Attac
     """
     latest = max(answer.first_round for answer in answers)
     in_step = sessions[0].welcome.settings.get("quorum") == 1
-    told: dict[int, m.Enter] = {}
+    told: dict[int, m.Sessioned] = {}
     for hub, (session, answer) in enumerate(zip(sessions, answers, strict=True)):
         if answer.formed:
-            with session.sequenced() as seq:
-                first = latest if in_step else answer.first_round
-                told[hub] = m.Enter(**session.header(seq), round=first)
-                session.send(told[hub])
+            first = latest if in_step else answer.first_round
+            told[hub] = session.post(m.Enter, round=first)
     for hub, enter in told.items():
         answers[hub] = _attach(sessions[hub].answer(enter)[0])
     return answers

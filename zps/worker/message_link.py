@@ -148,9 +148,7 @@ class MessageLink:
     def _pull(self, buckets: Sequence[int] | NDArray[np.uint32], *, whole: bool) -> None:
         for at in range(0, len(buckets), m.MAX_PUSH_BUCKETS):
             part = [int(bucket) for bucket in buckets[at : at + m.MAX_PUSH_BUCKETS]]
-            with self._session.sequenced() as seq:
-                pull = m.Pull(**self._session.header(seq), buckets=part, whole=whole)
-                self._session.request(pull)
+            self._session.request(m.Pull, buckets=part, whole=whole)
 
     def upload(self) -> None:
         for bucket in self._layout.buckets:
@@ -163,9 +161,7 @@ class MessageLink:
     def download(self) -> None:
         self._pull(range(len(self._layout.buckets)), whole=True)
         for index, extra in enumerate(self._layout.extras):
-            with self._session.sequenced() as seq:
-                read = m.Read(**self._session.header(seq), what="extra", field="", index=index)
-                _, payload = self._session.request(read)
+            _, payload = self._session.request(m.Read, what="extra", field="", index=index)
             byte = self._layout.extra_bytes[index]
             _fill(self._weights[byte : byte + extra.nbytes], payload)
 
@@ -242,9 +238,7 @@ class MessageLink:
     def _write(self, what: str, index: int, data: NDArray[np.uint8]) -> None:
         limit = self._session.settings.bucket_bytes
         chunks = [bytes(data[at : at + limit]) for at in range(0, len(data), limit)]
-        with self._session.sequenced() as seq:
-            fields = {**self._session.header(seq), "what": what, "field": "", "index": index}
-            self._session.request(m.Write.model_validate(fields), *chunks)
+        self._session.request(m.Write, *chunks, what=what, field="", index=index)
 
 
 def _fill(target: NDArray[np.uint8], frames: Sequence[Frame]) -> None:

@@ -368,8 +368,7 @@ class Worker:
 
     def barrier(self) -> None:
         """Return once every live worker has called it."""
-        with self._session.sequenced() as seq:
-            self._session.request(m.Barrier(**self._session.header(seq)))
+        self._session.request(m.Barrier)
 
     def stats(self) -> dict[str, Any]:
         """The hub's own account: members, versions, dropped and skipped rounds.
