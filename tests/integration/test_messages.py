@@ -93,9 +93,7 @@ def test_a_worker_that_reads_no_weights_keeps_no_other_waiting(crew):
     room = 256 << 10
     hub = crew.hub(mode="async", bucket_bytes=room // 2, hub_buffer_bytes=room)
     weights = torch.arange(4.0 * (1 << 20))  # more than what sockets take before they are full
-    # Less than the heartbeat's patience with who reads nothing, at whose end all could go on.
-    options = {"link": "message", "timeout_s": 5.0}
-    with together(hub.address, {"w": weights}, "add", **options) as (idle, busy):
+    with together(hub.address, {"w": weights}, "add", link="message") as (idle, busy):
         session = idle.channels[0].session
         with session.sequenced() as seq:
             every = list(range(len(idle.layout.buckets)))

@@ -21,7 +21,7 @@ from zps.errors import HubError, HubUnreachable
 HWM = 16
 ZERO_COPY_BYTES = 64 << 10  # below it the tracker of a zero-copy send costs more than the copy
 SLACK_BYTES = 64 << 10
-HEARTBEAT_MS = 1000
+DEAD_S = 10  # a host that says nothing for so long is gone
 MAX_QUEUED_BYTES = 64 << 20
 _LOCAL_BUFFER_BYTES = 256 << 10
 
@@ -231,5 +231,10 @@ def _common(socket: zmq.Socket[bytes], max_bytes: int, address: str) -> None:
     socket.setsockopt(zmq.SNDHWM, HWM)
     socket.setsockopt(zmq.RCVHWM, HWM)
     socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10 * HEARTBEAT_MS)
+    # The system looks who is there, and no heartbeat of ZMTP: libzmq 4.3.5 aborts the process when
+    # one is due on a connection that ended while RCVHWM held its input back.
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, DEAD_S // 2)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, DEAD_S - DEAD_S // 2)
+    socket.setsockopt(zmq.TCP_MAXRT, DEAD_S * 1000)  # the same for one that should acknowledge data
