@@ -17,6 +17,10 @@ def nobody(round, bucket, ranks):
     return False
 
 
+def anybody(round, bucket, ranks):
+    return True
+
+
 def test_what_fits_is_asked_for_before_anybody_else_has_announced():
     intake = Intake(budget=10)
     intake.announce(0, 0, 0, 4)
@@ -69,6 +73,30 @@ def test_over_the_budget_only_one_bucket_is_taken_at_a_time():
         intake.arrived(rank, 0, 0)
         intake.consumed(rank, 0, 0)
     assert intake.next(everyone(2)) == [Ask(0, 0, 1), Ask(1, 0, 1)]
+
+
+def test_over_the_budget_only_one_rank_completes_its_round_where_rounds_are_whole():
+    intake = Intake(budget=8)
+    for bucket in range(3):
+        for rank in range(2):
+            intake.announce(rank, 0, bucket, 4, whole=True)
+    first = [Ask(0, 0, 0), Ask(1, 0, 0), Ask(0, 0, 1), Ask(0, 0, 2)]
+    assert intake.next(anybody) == first
+    for ask in first:
+        assert intake.next(anybody) == []
+        intake.arrived(*ask)
+    for bucket in range(3):
+        intake.consumed(0, 0, bucket)
+    assert intake.next(anybody) == [Ask(1, 0, 1), Ask(1, 0, 2)]
+
+
+def test_a_rank_that_has_gone_leaves_the_exception_to_others():
+    intake = Intake(budget=0)
+    for rank in range(2):
+        intake.announce(rank, 0, 0, 4, whole=True)
+    assert intake.next(anybody) == [Ask(0, 0, 0)]
+    intake.forget(0)
+    assert intake.next(anybody) == [Ask(1, 0, 0)]
 
 
 def test_what_was_not_asked_for_has_not_arrived():
@@ -131,6 +159,41 @@ def test_every_order_of_announcements_comes_to_its_end_within_the_bound(
                     intake.consumed(rank, 0, ask.bucket)
         on_their_way += intake.next(everyone(world))
         assert intake.held_bytes <= budget + world * max(sizes)
+    assert intake.held_bytes == 0
+
+
+@given(
+    budget=st.integers(0, 60),
+    orders=st.lists(st.permutations(range(6)), min_size=1, max_size=4),
+    sizes=st.lists(st.integers(1, 12), min_size=6, max_size=6),
+    data=st.data(),
+)
+def test_whole_rounds_come_to_their_end_within_the_bound_in_every_order(
+    budget, orders, sizes, data
+):
+    """Out of step, a rank's round is consumed once all of its buckets are here."""
+    world = len(orders)
+    intake = Intake(budget)
+    to_announce = [list(order) for order in orders]
+    on_their_way: list[Ask] = []
+    here: Counter[int] = Counter()
+    while any(here[rank] < 6 for rank in range(world)):
+        ready = [rank for rank in range(world) if to_announce[rank]]
+        steps = ["announce"] * bool(ready) + ["arrive"] * bool(on_their_way)
+        assert steps, "nothing moves any more"
+        if data.draw(st.sampled_from(steps)) == "announce":
+            rank = data.draw(st.sampled_from(ready))
+            bucket = to_announce[rank].pop()
+            intake.announce(rank, rank % 2, bucket, sizes[bucket], whole=True)
+        else:
+            ask = on_their_way.pop(data.draw(st.integers(0, len(on_their_way) - 1)))
+            assert intake.arrived(*ask)
+            here[ask.rank] += 1
+            if here[ask.rank] == 6:
+                for bucket in range(6):
+                    intake.consumed(ask.rank, ask.round, bucket)
+        on_their_way += intake.next(anybody)
+        assert intake.held_bytes <= budget + sum(sizes)
     assert intake.held_bytes == 0
 
 

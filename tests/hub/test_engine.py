@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import numpy as np
 import pytest
 
 from tests.hub.bench import SIZES, Bench
-from zps.errors import ProtocolError
+from zps.errors import OutOfMemory, ProtocolError
 from zps.hub.store import Update
 from zps.memory.control import Outcome
 
@@ -185,6 +188,30 @@ def test_a_round_on_hold_waits_for_its_last_bucket():
     assert bench.versions() == [1] * 4
 
 
+@pytest.mark.parametrize("first", [[0], [1, 2, 3]], ids=["held first", "held last"])
+def test_who_asked_for_a_round_to_be_held_need_not_be_in_all_of_it(first):
+    """quorum: another two of three may close each bucket."""
+    bench = Bench("add", quorum=0.5)
+    rest = [bucket for bucket in bench.buckets if bucket not in first]
+    holds = 0 in first
+    pushes = [bench.push(rank, buckets=first, hold=holds) for rank in (0, 1)]
+    pushes += [bench.push(rank, buckets=rest, hold=not holds) for rank in (1, 2)]
+    for pushed, buckets in zip(pushes, (first, first, rest, rest), strict=True):
+        assert [bench.outcomes(pushed)[bucket] for bucket in buckets] == [APPLIED] * len(buckets)
+    assert bench.values() == same(2.0)
+
+
+def test_a_round_on_hold_ends_though_who_asked_for_it_died_on_the_way():
+    bench = Bench("add")
+    bench.push(0, buckets=[0, 1], hold=True)
+    bench.engine.leave(0)
+    bench.push(1)
+    bench.push(2, buckets=[2, 3])  # before any bucket of the dead one's is complete
+    bench.push(2, buckets=[0, 1])
+    assert bench.values() == {"a": 3.0, "b": 3.0, "c": 2.0}
+    assert bench.versions() == [1] * 4
+
+
 def test_one_infinite_gradient_skips_the_round_for_everyone():
     bench = Bench("adam", [{"lr": 0.1}])
     pushes = [bench.push(rank, 1.0, hold=True, finite=rank != 1) for rank in range(3)]
@@ -215,6 +242,46 @@ def test_the_averaged_gradient_is_clipped_by_its_global_norm(limit):
     assert (coef == 1.0) == (limit == 1e6)
     for name in SIZES:
         np.testing.assert_allclose(bench.weights(name), -coef * mean[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_of_remote_gradients_on_hold_the_average_is_kept_and_not_they(dtype):
+    groups = [{"lr": 0.25, "momentum": 0.5}]
+    options: dict[str, Any] = {"dtype": dtype, "max_grad_norm": 3.0}
+    remote, local = (Bench("sgd", groups, **options) for _ in range(2))
+    random = np.random.default_rng(2)
+    for round_ in range(3):
+        gradients = [
+            {name: random.normal(size=size) for name, size in SIZES.items()} for _ in range(3)
+        ]
+        for bucket in remote.buckets:
+            for rank, gradient in enumerate(gradients):
+                remote.slots[rank] = remote.slots[rank].copy()
+                came = weakref.ref(remote.slots[rank])
+                push: dict[str, Any] = {"round": round_, "buckets": [bucket], "samples": rank + 1.0}
+                remote.push(rank, gradient, remote=True, **push)
+                local.push(rank, gradient, **push)
+                remote.slots[rank] = np.empty_like(remote.slots[rank])
+            if bucket != remote.buckets[-1]:
+                gone = {(pushed.rank, held) for pushed, held in remote.engine.released}
+                assert gone >= {(rank, bucket) for rank in range(3)}
+                remote.engine.released.clear()
+                assert came() is None
+        for name in SIZES:
+            np.testing.assert_array_equal(remote.weights(name), local.weights(name))
+    assert remote.versions() == local.versions() == [3] * len(remote.buckets)
+
+
+def test_a_remote_worker_is_refused_where_there_is_no_memory_for_the_average(monkeypatch):
+    def nothing(*_: object) -> None:
+        raise OutOfMemory("full")
+
+    clipped, plain = Bench("sgd", [{"lr": 1.0}], max_grad_norm=1.0), Bench()
+    monkeypatch.setattr("zps.hub.store.private_floats", nothing)
+    for bench, hold in ((clipped, False), (plain, True)):
+        with pytest.raises(OutOfMemory):
+            bench.engine.expect_remote(bench.hypers, hold=hold)
+    plain.engine.expect_remote(plain.hypers)  # nothing of it will be on hold
 
 
 def test_a_norm_that_is_infinite_skips_the_round():

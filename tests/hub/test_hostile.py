@@ -167,10 +167,25 @@ def test_a_stranger_is_refused_and_nothing_changes(hub: str, pair: Pair, name: s
 
 def test_a_declaration_that_comes_again_is_answered_again_and_changes_nothing(pair: Pair) -> None:
     with pair.unchanged():
-        pair.raw.send(*pair.raw.declaration(SHAPES, "sgd", {"lr": 7.0}))
+        pair.raw.send(*pair.raw.declaration(SHAPES, "sgd", {"lr": LR}))
         attach = pair.raw.expect(m.Attach)
         assert attach.formed
         assert attach.slots == pair.attach.slots
+
+
+@pytest.mark.parametrize(
+    ("hypers", "shared", "text"),
+    [
+        ({"lr": 7.0}, True, "has declared other hyperparameters"),
+        ({"lr": LR}, False, "is at work over shared memory"),
+    ],
+)
+def test_a_member_cannot_declare_something_else(pair: Pair, hypers, shared, text) -> None:
+    with pair.unchanged():
+        other = pair.raw.declaration(SHAPES, "sgd", hypers, shared=shared)
+        refusal = pair.raw.refused(*other)
+        assert refusal.code == "declared"
+        assert text in refusal.text
 
 
 # --- pushes that come twice ---------------------------------------------------------------------

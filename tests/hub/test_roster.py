@@ -75,6 +75,14 @@ def test_the_same_hello_again_is_the_same_peer():
     assert len(roster) == 2
 
 
+@pytest.mark.parametrize("changes", [{"rank": 1}, {"pid": 1}, {"host": "elsewhere"}])
+def test_a_session_has_one_hello(changes: dict[str, Any]):
+    roster = Roster(Settings(), 2)
+    first = hello(rank=0)
+    roster.admit(b"x", first)
+    assert refusal(roster, b"x", first.model_copy(update=changes)) == "duplicate_hello"
+
+
 def test_sessions_are_never_the_same_twice():
     roster = Roster(Settings(), 1)
     sessions = []

@@ -16,6 +16,7 @@ from tests.workers import PATIENCE_S, Context, at_once, together
 from zps import Worker
 from zps.errors import ConfigError, HubLost
 from zps.memory.control import Outcome
+from zps.wire import messages as m
 from zps.worker.message_link import INLINE_BYTES, MessageLink
 from zps.worker.shm_link import ShmLink
 
@@ -39,6 +40,24 @@ def test_a_hub_with_little_room_takes_large_gradients_in_any_order(crew):
                     assert bool((worker.weights(name) == 3.0 + 2 * round_).all())
 
 
+@pytest.mark.parametrize("room", [{}, HUB], ids=["much room", "little room"])
+def test_what_was_pushed_counts_though_its_worker_leaves_at_once(crew, room):
+    hub = crew.hub(**room)
+    with together(hub.address, {"w": torch.zeros(LARGE)}, "sum", link="message") as (first, last):
+        first.push({"w": torch.ones(LARGE)})
+        work = last.push({"w": torch.ones(LARGE)})
+        at_once(first.close, work.wait)
+        assert bool((last.weights("w") == 2.0).all())
+
+
+def test_a_worker_that_leaves_says_what_is_lost_when_the_hub_has_no_room_in_time(crew, caplog):
+    hub = crew.hub(**HUB)
+    with together(hub.address, {"w": torch.zeros(LARGE)}, link="message", timeout_s=0.2) as workers:
+        workers[0].push({"w": torch.ones(LARGE)})  # nobody else does, and it takes all the room
+        workers[0].close()
+    assert "rank 0 leaves, and gradients that it pushed are lost" in caplog.text
+
+
 def clipped_rounds(ctx: Context, rounds: int) -> torch.Tensor:
     param = torch.nn.Parameter(torch.ones(LARGE))
     worker = ctx.worker(link="message")
@@ -60,6 +79,29 @@ def test_a_round_that_is_judged_as_a_whole_may_be_larger_than_the_room(run):
         sgd.step()
     for result in results:
         assert_close([result], [param.detach()])
+
+
+@pytest.mark.parametrize("mode", ["ssp", "async"])
+def test_out_of_step_each_workers_whole_round_may_be_larger_than_the_room(run, mode):
+    results = run(clipped_rounds, 4, hub={"mode": mode, **HUB})
+    for result in results:
+        assert bool(result.isfinite().all())
+        assert bool((result < 1.0).all())
+
+
+def test_a_worker_that_reads_no_weights_keeps_no_other_waiting(crew):
+    room = 256 << 10
+    hub = crew.hub(mode="async", bucket_bytes=room // 2, hub_buffer_bytes=room)
+    weights = torch.arange(4.0 * (1 << 20))  # more than what sockets take before they are full
+    with together(hub.address, {"w": weights}, "add", link="message") as (idle, busy):
+        session = idle.channels[0].session
+        with session.sequenced() as seq:
+            every = list(range(len(idle.layout.buckets)))
+            session.send(m.Pull(**session.header(seq), buckets=every, whole=False))
+        assert session._dealer.socket.poll(PATIENCE_S * 1000)  # the hub is at it
+        busy.push({"w": torch.ones_like(weights)}).wait()
+        busy.pull()
+        assert torch.equal(busy.weights("w"), weights + 1.0)
 
 
 def test_workers_may_differ_in_their_link(crew):

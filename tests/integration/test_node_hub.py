@@ -233,6 +233,16 @@ def test_buckets_too_large_to_go_with_their_push_are_fetched(tmp_path):
         assert at_once(*(partial(rounds, w) for w in workers)) == [30.0] * 4
 
 
+def test_what_the_last_worker_of_a_node_pushed_counts_though_it_leaves_at_once(tmp_path):
+    with nodes(tmp_path, workers=1, bucket_bytes="512KiB") as cluster, cluster.workers() as workers:
+        first, last = workers
+        at_once(*(partial(w.declare, {"x": torch.zeros(300_000)}, "sum") for w in workers))
+        first.push({"x": torch.ones(300_000)})
+        first.close()
+        last.push({"x": torch.ones(300_000)}).wait()
+        assert bool((last.weights("x") == 2.0).all())
+
+
 def test_more_buckets_than_a_socket_takes_at_once(tmp_path):
     size = 600_000
 

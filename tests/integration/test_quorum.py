@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +59,41 @@ def test_a_round_closes_with_that_share_of_the_workers(crew: Crew, quorum, neede
             assert work.wait().outcomes == (Outcome.APPLIED,)
         workers[0].pull()
         assert workers[0].weights("w").tolist() == [float("111"[-needed:])] * 4
+
+
+#: What a round that closes as a whole needs two buckets for, of 4096 bytes.
+TWO = {"a": torch.zeros(1024), "b": torch.zeros(1024)}
+WHOLE = {"lr": 1.0, "max_grad_norm": 1e6, "fuse": True}
+
+
+def two(value: float) -> dict[str, torch.Tensor]:
+    return {name: torch.full_like(tensor, value) for name, tensor in TWO.items()}
+
+
+def test_who_falls_behind_goes_on_with_a_whole_gradient_in_one_round(crew: Crew):
+    hub = crew.hub(quorum=0.5)
+    with together(hub.address, TWO, "sgd", hypers=WHOLE) as (fast, slow):
+        for _ in range(3):
+            fast.push(two(1.0)).wait()
+            fast.pull()
+        slow.pull("a")  # it has seen one bucket of the newest round, and pushes both
+        assert set(slow.push(two(1.0)).wait().outcomes) == {Outcome.APPLIED}
+        slow.pull()
+        assert slow.weights("b").tolist() == [-4.0] * 1024
+
+
+def test_a_round_seen_while_it_closes_is_still_one_round(crew: Crew, monkeypatch):
+    """Otherwise all wait: the buckets of that round for one another, and whose they are for them"""
+    hub = crew.hub(quorum=0.5)
+    with together(hub.address, TWO, "sgd", hypers=WHOLE, link="shm") as (fast, slow):
+        fast.push(two(1.0)).wait()
+        seen = np.array([1, 0])  # the hub is between its two writes
+        monkeypatch.setattr(slow.channels[0].link._control, "closed", seen)
+        slow.pull()
+        assert slow.push(two(1.0)).wait().outcomes == (Outcome.LATE,) * 2
+        seen[:] = 1
+        slow.pull()
+        assert slow.push(two(1.0)).wait().outcomes == (Outcome.APPLIED,) * 2
 
 
 def train_with_quorum(ctx: Context, *, overlap: bool) -> Any:

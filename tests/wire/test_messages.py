@@ -55,7 +55,7 @@ EXAMPLES: list[m.Message] = [
     m.Ok(seq=1),
     m.Fetch(push=3 << 32, buckets=[0, 5]),
     m.Consumed(push=3 << 32, buckets=[0, 5], outcomes=[0, 2]),
-    m.Weights(bucket=5, version=8, closed=9, push=None, outcome=0, coded=False),
+    m.Weights(bucket=5, version=8, closed=9, over=8, push=None, outcome=0, coded=False),
     m.Refuse(seq=None, code="layout", text="é" * 700),
     m.Closing(text="the hub was stopped"),
 ]  # fmt: skip

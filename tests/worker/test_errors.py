@@ -498,21 +498,3 @@ def test_descriptors_above_1023_are_waited_for_too(tmp_path: Path, many_descript
             work.wait(0.2)
         workers[1].push(X).wait()
         work.wait()
-
-
-def test_threads_may_share_a_worker(hub):
-    names = {f"p{i}": torch.zeros(64) for i in range(4)}
-    with together(hub, names, "add") as workers:
-
-        def train(worker: Worker, name: str) -> None:
-            for _ in range(50):
-                worker.push({name: torch.ones(64)}).wait()
-                assert worker.stats()["formed"]
-
-        calls: list[Any] = [
-            lambda worker=worker, name=name: train(worker, name)
-            for worker in workers
-            for name in names
-        ]
-        at_once(*calls)
-        assert all((worker.weights(name) == 100).all() for worker in workers for name in names)

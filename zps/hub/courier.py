@@ -66,7 +66,8 @@ class Courier:
         way_back: Plan,
     ):
         """
-        budget    bytes of gradients to hold at a time, and as many of copied weights on their way
+        budget    bytes of gradients to hold at a time, and as many of copied weights on their way,
+                  which the workers share evenly
         in_step   a bucket does not change before every worker has had its weights
         way_back  how weights are encoded
         """
@@ -80,7 +81,7 @@ class Courier:
         self._held = Held(job, self._deltas) if self._deltas is not None and in_step else None
         self._budget = budget
         self._intake = Intake(budget)
-        self._copies: list[weakref.ref[NDArray[np.uint8]]] = []  # gone once they have left
+        self._copies: dict[int, list[weakref.ref[Bytes]]] = {}  # by session; gone once they left
         self._open: dict[tuple[int, int], _Announced] = {}  # by (session, bucket)
         self._outbox: defaultdict[int, deque[_Answer | m.Message]] = defaultdict(deque)
         self._pulling: Counter[int] = Counter()  # buckets that each session still waits for
@@ -108,6 +109,7 @@ class Courier:
         for bucket, base in zip(push.buckets, push.bases, strict=True):
             rounds.check(peer.rank, push.round, bucket, base)
         announced = _Announced(peer, pushed, dict(zip(push.buckets, push.bases, strict=True)))
+        whole = self._job.engine.expect_remote(pushed.hypers, hold=pushed.hold)
         for bucket in push.buckets:
             self._open[peer.session, bucket] = announced
         if push.inline:
@@ -116,7 +118,7 @@ class Courier:
         else:
             for bucket in push.buckets:
                 nbytes = int(self._plan.bucket_nbytes[bucket])
-                self._intake.announce(peer.rank, push.round, bucket, nbytes)
+                self._intake.announce(peer.rank, push.round, bucket, nbytes, whole=whole)
 
     def data(self, peer: Peer, data: m.Data, payload: Sequence[Frame]) -> None:
         """Take the bytes of an announced bucket. Raises ProtocolError, without effect."""
@@ -157,6 +159,7 @@ class Courier:
         self._intake.forget(peer.rank)
         self._outbox.pop(peer.session, None)
         del self._pulling[peer.session]
+        self._copies.pop(peer.session, None)
         if self._held is not None:
             self._held.forget(peer.session)
         for key in [key for key in self._open if key[0] == peer.session]:
@@ -244,7 +247,7 @@ class Courier:
         peer = self._roster.of_session(session)
         queue = self._outbox[session]
         while queue and peer is not None and self._router.is_clear(peer.route):
-            if not self._has_room_for(queue[0]):
+            if not self._has_room_for(session, queue[0]):
                 break
             item = queue.popleft()
             frames = self._frames(peer, item) if isinstance(item, _Answer) else [m.encode(item)]
@@ -256,13 +259,19 @@ class Courier:
         if not queue or peer is None:
             del self._outbox[session]
 
-    def _has_room_for(self, item: _Answer | m.Message) -> bool:
-        """Whether its copy may be made: a socket takes many before it says that it is full."""
+    def _has_room_for(self, session: int, item: _Answer | m.Message) -> bool:
+        """Whether its copy may be made: a socket takes many before it says that it is full.
+
+        Each session has its share of the budget, so that one that does not read keeps none of the
+        others waiting.
+        """
         if not isinstance(item, _Answer) or item.push is not None:
             return True
         nbytes = self._job.layout.buckets[item.bucket].nbytes
-        sizes = [copy.nbytes for ref in self._copies if (copy := ref()) is not None]
-        return not sizes or sum(sizes) + nbytes <= self._budget
+        own = self._copies.get(session, ())
+        sizes = [copy.nbytes for ref in own if (copy := ref()) is not None]
+        remote = sum(peer.slots is None for peer in self._roster)
+        return not sizes or sum(sizes) + nbytes <= self._budget // remote
 
     def _frames(self, peer: Peer, answer: _Answer) -> list[Frame]:
         """Made at the last moment: what waits for room takes none."""
@@ -273,6 +282,7 @@ class Courier:
             bucket=bucket,
             version=int(job.control.seq[bucket]) >> 1,
             closed=int(job.control.closed[bucket]),
+            over=int(job.control.closed.min()),
             push=answer.push,
             outcome=int(answer.outcome),
             coded=coded,
@@ -297,12 +307,12 @@ class Courier:
         if peer.base is not None:
             peer.base[spec.byte : spec.byte + spec.nbytes] = weights
         # The answer to a push cannot change before it has left: the peer pushes again only then.
-        return weights if answer.push is not None else self._copy(weights)
+        return weights if answer.push is not None else self._copy(peer.session, weights)
 
-    def _copy(self, weights: Bytes) -> Bytes:
+    def _copy(self, session: int, weights: Bytes) -> Bytes:
         copied = weights.copy()
-        self._copies = [ref for ref in self._copies if ref() is not None]
-        self._copies.append(weakref.ref(copied))
+        there = [ref for ref in self._copies.get(session, ()) if ref() is not None]
+        self._copies[session] = [*there, weakref.ref(copied)]
         return copied
 
 

@@ -17,7 +17,7 @@ from zps import native
 from zps.core.rounds import Apply, Drop, Mode, Rounds
 from zps.core.staleness import StalenessPolicy, lr_factor
 from zps.hub.docket import SKIP, Docket, Due, Findings, Question
-from zps.hub.store import Pushed, Store, Update
+from zps.hub.store import Hypers, Pushed, Store, Update
 from zps.memory.control import Control, Outcome, done_word
 from zps.trace import NO_TRACE, Tracer
 
@@ -101,11 +101,7 @@ class Engine:
     def leave(self, rank: int) -> None:
         """Wait for `rank` no more. What it pushed counts; what it held back is dropped."""
         self._carry_out(self.rounds.leave(rank))
-        if self._policy.mode is Mode.BSP:
-            over = [key for key in self._held if key[0] < self.rounds.min_round()]
-            for key in sorted(over):  # the rest of these rounds will not come
-                self._judge_held(key)
-        else:
+        if self._policy.mode is not Mode.BSP:
             for key in [key for key in self._held if key[1:] == (rank,)]:
                 for update in filter(None, self._held.pop(key)):
                     self.store.touch(update.bucket)  # its version was counted when it was decided
@@ -122,6 +118,20 @@ class Engine:
         if self._docket is not None and self._docket.holds_before(round_):
             return False
         return self.rounds.min_round() >= round_
+
+    def expect_remote(self, hypers: Hypers, *, hold: bool = False) -> bool:
+        """A worker is remote: whether its gradients lie here until all of their round have come.
+
+        In step the average of what is on hold takes their place, for which memory is got now.
+        hold  it asks for that. Raises OutOfMemory.
+        """
+        whole = hold or hypers.max_grad_norm is not None or self.store.steps_whole_rounds
+        if not whole or self._hand_over is not None:
+            return False
+        if self._policy.mode is Mode.BSP:
+            self.store.ensure_accumulator()
+            return False
+        return True
 
     # --- pushes -------------------------------------------------------------------------------
 
@@ -230,6 +240,10 @@ class Engine:
                 self._drop(action)
             else:
                 self._decide(self._update(action))
+        if self._held and self._policy.mode is Mode.BSP:
+            over = [key for key in self._held if key[0] < self.rounds.min_round()]
+            for key in sorted(over):  # the rest of these rounds has gone its own way, or never came
+                self._judge_held(key)
 
     def _drop(self, drop: Drop) -> None:
         self.counters[f"dropped_{drop.reason}"] += 1
@@ -255,12 +269,14 @@ class Engine:
 
     def _decide(self, update: Update) -> None:
         """Straight to the kernels, unless the verdict on the whole round comes first."""
-        if self._hand_over is not None or not self._goes_as_a_whole(update.contributions):
-            self._ready.append(update)
-        elif self._policy.mode is Mode.BSP:
-            self._hold((update.round,), update)
+        in_step = self._policy.mode is Mode.BSP
+        key = (update.round,) if in_step else (update.round, update.contributions[0].rank)
+        # With a quorum, or after a death, those who asked for it may not be in every bucket.
+        whole = key in self._held or self._goes_as_a_whole(update.contributions)
+        if whole and self._hand_over is None:
+            self._hold(key, update)
         else:
-            self._hold((update.round, update.contributions[0].rank), update)
+            self._ready.append(update)
 
     def _goes_as_a_whole(self, contributions: Sequence[Pushed]) -> bool:
         """Whether the buckets of a round wait for one another.
@@ -281,17 +297,20 @@ class Engine:
             self._judge_held(key)
 
     def _let_go(self, update: Update) -> None:
-        """Hold the average instead of what came in messages, which would be all of a round."""
+        """In step, hold the average instead of what came in messages, which would be all of it."""
         remote = [c for c in update.contributions if c.remote]
-        if not remote:
+        if not remote or self._policy.mode is not Mode.BSP:
             return
-        if self._policy.mode is Mode.BSP and self.store.accumulate(update):
+        if self.store.accumulate(update):
             update.contributions = tuple(replace(c, slots=None) for c in update.contributions)
         self.released += [(c, update.bucket) for c in remote]
 
     def _judge_held(self, key: tuple[int, ...]) -> None:
         updates = [update for update in self._held.pop(key) if update is not None]
         updates.sort(key=lambda update: update.bucket)
+        if self._docket is not None:
+            # It waits for other hubs, which may wait for room that this one's next round takes.
+            self.released += [(c, u.bucket) for u in updates for c in u.contributions if c.remote]
         self.flush()  # keeps updates in the order they were decided in
         measured = self._measure(updates)
         if self._docket is not None:

@@ -301,11 +301,13 @@ class Hub:
             self._on_enter(peer, message)
         elif isinstance(message, m.Publish):
             self._declared(peer)
+            peer.at_work = True
             self._collect("publish", peer, message.seq)
         elif isinstance(message, m.Barrier):
             self._collect("barrier", peer, message.seq)
         elif isinstance(message, m.Pull):
             self._remote(peer).pull(peer, message)
+            peer.at_work = True
         elif isinstance(message, m.Read):
             self._on_read(peer, message)
         elif isinstance(message, m.Write):
@@ -385,8 +387,11 @@ class Hub:
                 doorway=self._doorway.inner,
             )
         self._job.check_same(declared, f"rank {peer.rank}")
-        if not peer.declared:  # else it asks again, because the answer came too late for it
+        if peer.declared:  # it asks again, because the answer came too late for it
+            _check_repeated(peer, declared, shared=message.shared)
+        else:
             self._attach(self._job, peer, declared)
+        peer.shares = message.shared
         self._equip(self._job, peer, shared=message.shared)
         if message.hubs > 1 and self._roster.formed:
             # All hubs let it in at the same round: they hear which one when each has named its own.
@@ -446,12 +451,14 @@ class Hub:
             return
         peer.share_nothing()  # it could not map what it was offered
         assert self._courier is not None
+        assert peer.hypers is not None
+        job.engine.expect_remote(peer.hypers)  # may refuse, before anything is kept for it
         if peer.base is None and (self._keeps_base or self._courier.remembers_peers()):
             peer.base = private_bytes(job.layout.arena_bytes, f"what rank {peer.rank} holds")
 
     def _attach(self, job: Job, peer: Peer, declared: Declaration) -> None:
         peer.declared = True
-        peer.hypers = declared.hypers
+        peer.hypers = peer.first_hypers = declared.hypers
         self._roster.members.declared(peer.rank)
         if self._replace_by.pop(peer.rank, None) is not None:
             job.engine.leave(peer.rank)  # the one before it, for whom the round was kept open
@@ -546,7 +553,9 @@ class Hub:
         return self._pushed(job, peer, _PLAIN, peer.hypers)
 
     def _formed(self, peer: Peer) -> Job:
+        """The job of a peer that pushes."""
         job = self._declared(peer)
+        peer.at_work = True
         if not self._roster.formed:
             raise Refused("not_formed", "a push before the initial weights were published")
         return job
@@ -716,6 +725,7 @@ class Hub:
     # --- leaving ------------------------------------------------------------------------------
 
     def _on_bye(self, peer: Peer, bye: m.Bye) -> None:
+        self._router.forget(peer.route)  # it waits for this answer alone
         self._reply(peer, m.Ok(seq=bye.seq))
         if bye.failed:
             self._lose(peer, "it ends by an error")
@@ -738,6 +748,7 @@ class Hub:
     def _lose(self, peer: Peer, why: str) -> None:
         """A worker died: decide by policy who goes on."""
         log.warning("rank %d (process %d) is lost: %s", peer.rank, peer.pid, why)
+        self._router.forget(peer.route)
         members, formed = self._roster.members, self._roster.formed
         verdict = members.die(peer.rank)
         if verdict is Verdict.ABORT:
@@ -747,7 +758,6 @@ class Hub:
     def _forget(self, peer: Peer, *, keep_waiting: bool = False) -> None:
         if peer.pidfd >= 0:
             self.unwatch(peer.pidfd)
-        self._router.forget(peer.route)
         if self._courier is not None:
             self._courier.forget(peer)
         self._roster.remove(peer)
@@ -813,6 +823,23 @@ def _check_weights(samples: float, grad_scale: float) -> None:
     weight = samples / grad_scale if grad_scale > 0 else -1.0
     if samples != 0 and not (m.in_range(samples) and m.in_range(weight)):
         raise ProtocolError(f"samples={samples}, grad_scale={grad_scale}")
+
+
+def _check_repeated(peer: Peer, declared: Declaration, *, shared: bool) -> None:
+    """Raise Refused if a peer that has declared says something else now.
+
+    It may change to messages, when it cannot map what it was offered, until it is at work.
+    """
+    first = peer.first_hypers
+    assert first is not None
+    if declared.hypers.groups != first.groups:
+        raise Refused(
+            "declared",
+            f"rank {peer.rank} has declared other hyperparameters; new ones come with a push",
+        )
+    if shared != peer.shares and peer.at_work:
+        agreed = "shared memory" if peer.shares else "messages"
+        raise Refused("declared", f"rank {peer.rank} is at work over {agreed}, and stays with that")
 
 
 def _only(payload: Sequence[Frame]) -> Frame:

@@ -22,6 +22,7 @@ from zps.memory.bell import Bell
 from zps.memory.control import Control
 from zps.memory.segment import Segment
 from zps.optim.base import Rule
+from zps.wire import messages as m
 from zps.wire.hypers import take_members, unpack_hypers
 from zps.wire.sockets import Frame
 
@@ -46,14 +47,16 @@ class Peer:
     route: bytes
     session: int
     rank: int
-    incarnation: str
-    pid: int
+    hello: m.Hello
     pidfd: int  # -1: it lives on another host
     connection: int = -1  # how the socket's monitor names its connection
     declared: bool = False
+    shares: bool = False  # what it said of memory when it last declared
+    at_work: bool = False  # it has published, pushed or pulled: what it said is settled
     slots: Segment | None = None  # None: its gradients come in messages
     base: NDArray[np.uint8] | None = None  # the weights it was last sent, if delays are compensated
     hypers: Hypers | None = None
+    first_hypers: Hypers | None = None  # as declared
     first_round: int = 0
     entered: bool = False  # it has been let in, and takes part in rounds
     bell: Bell | None = None  # goes with slots
@@ -61,6 +64,10 @@ class Peer:
     heard: int = 0  # the highest sequence number that has come, in a message or by the bell
     last_seq: int = 0
     last_reply: list[Frame] = field(default_factory=list)
+
+    @property
+    def pid(self) -> int:
+        return self.hello.pid
 
     @property
     def base_address(self) -> int:

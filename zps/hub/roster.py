@@ -95,7 +95,7 @@ class Roster:
         """
         known = self._by_route.get(route)
         if known is not None:
-            if known.incarnation != hello.incarnation:
+            if known.hello != hello:
                 raise Refused(
                     "duplicate_hello", f"this socket belongs to rank {known.rank} already"
                 )
@@ -109,7 +109,7 @@ class Roster:
             if isinstance(answer, Admitted):
                 raise Refused("duplicate_hello", f"rank {rank} said this hello over another socket")
             raise Refused(answer.code, answer.text)
-        peer = Peer(route, answer.session, rank, hello.incarnation, hello.pid, pidfd, connection)
+        peer = Peer(route, answer.session, rank, hello, pidfd, connection)
         self._by_route[route] = self._by_rank[rank] = peer
         self._world_is_known = True
         return peer, True

@@ -84,7 +84,7 @@ class _Bucket:
     """What never changes between two applications of a bucket."""
 
     job: native.Job
-    plain_job: native.Job  # the same for contributions that are not encoded, such as an average
+    average_job: native.Job  # for a float32 average; of half precision it steps the masters alone
     offset: int  # bytes from the start of a worker's slots
     byte: int  # bytes from the start of the weights arena
     params: list[int]
@@ -159,7 +159,7 @@ class Store:
         if self._foreign is not None:
             self._apply_foreign(updates, jobs, counted)
         else:
-            native.apply(self._pool, jobs)
+            self._apply_native(updates, jobs)
         for bucket, present in counted:
             bucket.steps += present
 
@@ -178,22 +178,24 @@ class Store:
         """Average the contributions now, so that their memory can go before they are applied.
 
         There is one accumulator. False, and nothing is done, where another update of the bucket
-        lies in it, where gradients are not float32, nobody has one, or there is no memory for it.
+        lies in it, nobody has a gradient, or there is no memory for it.
         """
-        if self._accumulator is None:
-            try:
-                self._accumulator = private_floats(self.layout.flat_elements, "the accumulator")
-            except OutOfMemory:
-                return False
-        spec = self.layout.buckets[update.bucket]
-        usable = spec.dtype == "float32" and update.bucket not in self._occupied
-        loaded = self._load(update, 1.0) if usable else None
+        try:
+            self.ensure_accumulator()
+        except OutOfMemory:
+            return False
+        loaded = None if update.bucket in self._occupied else self._load(update, 1.0)
         if loaded is None:
             return False
         native.reduce(self._pool, [loaded[0]], [self._accumulated(update.bucket)])
         self._occupied.add(update.bucket)
         update.reduced = True
         return True
+
+    def ensure_accumulator(self) -> None:
+        """Allocate what `accumulate` needs, float32 for each element. Raises OutOfMemory."""
+        if self._accumulator is None:
+            self._accumulator = private_floats(self.layout.flat_elements, "the accumulator")
 
     def vacate(self, update: Update) -> None:
         """The update is done: the next one of its bucket may be averaged ahead."""
@@ -230,7 +232,7 @@ class Store:
         if first.absent:
             absent = first.absent.intersection(*(c.absent for c in counted))
             present = np.array([param not in absent for param in bucket.params], np.int64)
-        job = bucket.plain_job if update.reduced else bucket.job
+        job = bucket.average_job if update.reduced else bucket.job
         job.slots = [c.slots_address + bucket.offset for c in counted]
         if update.reduced:
             job.slots, job.scales, job.divisor = [self._accumulated(update.bucket)], [], 1.0
@@ -250,6 +252,16 @@ class Store:
         job.dc_lambda = update.dc_lambda
         job.base_ptr = first.base_address + bucket.byte if update.dc_lambda else 0
         return job, (bucket, present)
+
+    def _apply_native(self, updates: Sequence[Update], jobs: list[native.Job]) -> None:
+        halves = [u.bucket for u in updates if u.reduced and self._is_half(u.bucket)]
+        if halves:
+            self.control.seq[halves] += 1  # odd: readers retry
+        native.apply(self._pool, jobs)
+        if halves:
+            for index in halves:
+                self._publish_masters(index)
+            self.control.seq[halves] += 1
 
     def _apply_foreign(
         self,
@@ -405,12 +417,18 @@ class Store:
             seq_ptr=self.control.seq_address(index),
         )
         codecs, encoded = self._codecs(index)
-        plain_job = make_job()
-        job = plain_job if codecs is None else make_job(codecs=codecs, encoded=encoded)
-        job.steps = plain_job.steps = np.zeros(len(pieces), np.int64)
+        job = make_job() if codecs is None else make_job(codecs=codecs, encoded=encoded)
+        average_job = job
+        if self._is_half(index):
+            masters_ptr = self._master(index).ctypes.data
+            dtype = native.DTYPE["float32"]
+            average_job = make_job(grad_dtype=dtype, weights_ptr=masters_ptr, seq_ptr=0)
+        elif codecs is not None:
+            average_job = make_job()
+        job.steps = average_job.steps = np.zeros(len(pieces), np.int64)
         return _Bucket(
             job=job,
-            plain_job=plain_job,
+            average_job=average_job,
             offset=int(self.plan.bucket_offset[index]),
             byte=spec.byte,
             params=[piece.param for piece in pieces],
@@ -436,7 +454,7 @@ class Store:
         self._state[name] = flat
         for bucket, spec in zip(self._buckets, self.layout.buckets, strict=True):
             bucket.state[name] = flat[spec.begin : spec.begin + spec.count]
-            bucket.job.state_ptrs = bucket.plain_job.state_ptrs = [
+            bucket.job.state_ptrs = bucket.average_job.state_ptrs = [
                 bucket.state[n].ctypes.data if n in bucket.state else 0 for n in self.rule.states
             ]
         for piece in self.layout.pieces:
@@ -449,9 +467,12 @@ class Store:
         return int(self._accumulator.ctypes.data) + 4 * self.layout.buckets[bucket].begin
 
     def _publish_masters(self, bucket: int) -> None:
-        dtype = self.layout.buckets[bucket].dtype
-        if dtype != "float32":
+        if self._is_half(bucket):
+            dtype = self.layout.buckets[bucket].dtype
             from_float32(self._master(bucket), dtype, self.published(bucket))
+
+    def _is_half(self, bucket: int) -> bool:
+        return self.layout.buckets[bucket].dtype != "float32"
 
     def _state_bucket(self, name: str, bucket: int, *, create: bool = False) -> Floats:
         self._check_bucket(bucket)

@@ -100,6 +100,10 @@ class Forward:
         """Whether the hub of all nodes has taken the declaration."""
         return self._link is not None
 
+    def owes(self) -> int:
+        """How many buckets that were pushed the hub of all nodes has yet to ask for."""
+        return 0 if self._link is None else self._link.owes
+
     def attach(self, attach: m.Attach) -> None:
         """It has: rounds may go up from now on."""
         self._link = NodeLink(self._upstream, self._store, attach)

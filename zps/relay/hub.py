@@ -79,7 +79,8 @@ class NodeHub(Hub):
         if upstream is not None:
             for fd in upstream.watched:
                 self.unwatch(fd)
-            upstream.leave(failed=failed)
+            owes = int if self._forward is None else self._forward.owes
+            upstream.leave(failed=failed, owes=owes)
 
     def _end_job(self) -> None:
         self._leave(failed=self._died)

@@ -96,7 +96,7 @@ class NodeStore(Store):
             master_ptr=self._master(index).ctypes.data if half else slot,
         )
         bucket.job.steps = bucket.next_steps
-        bucket.plain_job = bucket.job
+        bucket.average_job = bucket.job
         return bucket
 
 

@@ -8,6 +8,8 @@ upstream.turn()                             # sends what waits, hands answers to
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
@@ -19,11 +21,14 @@ from zps.wire import messages as m
 from zps.wire.sockets import Frame
 from zps.worker.session import Payload, Session, refusal
 
+log = logging.getLogger("zps.hub")
+
 Then = Callable[[m.Message, list[Frame]], None]
 OnRefusal = Callable[[m.Refuse], None]
 
 _NO_FIELDS: Mapping[str, object] = {}
 _GOODBYE_S = 1.0
+_SLICE_MS = 100  # how long an end of the other hub may go unnoticed
 _TURN_MESSAGES = 256  # what the hub sends does not keep this node's workers from theirs
 
 
@@ -109,21 +114,39 @@ class Upstream(Session):
             self._act(m.decode(frames[0]), frames[1:])
         self.flush()
 
-    def leave(self, *, failed: bool) -> None:
+    def leave(self, *, failed: bool, owes: Callable[[], int] = int) -> None:
         """Say goodbye, and close once it was heard, or a second later: there is no job any more.
 
         What has been pushed goes first, if this is no failure.
+
+        owes  how many buckets of it the other hub has yet to ask for
         """
-        self.on_payload = lambda *_: None  # what it would be written into is about to go
         if failed:
             self._queue.clear()
-        with contextlib.suppress(ZpsError), self.sequenced() as seq:
-            self.send(m.Bye(**self.header(seq), failed=failed))
+        else:
+            self._hand_over(owes)
+        self.on_payload = lambda *_: None  # what it would be written into is about to go
+        with contextlib.suppress(ZpsError):
+            bye = self.post(m.Bye, failed=failed)
             while self._queue and self._dealer.socket.poll(int(_GOODBYE_S * 1000), zmq.POLLOUT):
                 self.flush()
-            self._answer_to(seq, _GOODBYE_S)
+            self.answer(bye, timeout_s=_GOODBYE_S)
         self._queue.clear()
         self.close()
+
+    def _hand_over(self, owes: Callable[[], int]) -> None:
+        """Serve the other hub until it has all that was pushed, but not for ever."""
+        deadline = time.monotonic() + self.settings.timeout_s
+        why = f"the hub of all nodes has not asked for it in {self.settings.timeout_s:g} s"
+        try:
+            while owes() and time.monotonic() < deadline:
+                self.turn()
+                if owes():
+                    self._dealer.socket.poll(_SLICE_MS, zmq.POLLIN)
+        except ZpsError as error:
+            why = str(error)
+        if owes():
+            log.warning("this node leaves, and gradients of it are lost: %s", why)
 
     def _act(self, message: m.Message, payload: list[Frame]) -> None:
         if isinstance(message, Payload):

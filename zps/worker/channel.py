@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -44,16 +45,19 @@ class Channel:
         attach: m.Attach,
         *,
         aliased: bool,
+        whole: bool,
     ):
         """Go on from where the hub has let this worker in.
 
         attach   the hub's last message so far
         aliased  weights may be views of the hub's memory
+        whole    all buckets are pushed together, or judged together: they share their rounds
         """
         self.session = session
         self.layout = layout = shard.layout
         self.parts = shard.parts
         self._settings = settings
+        self._whole = whole
         self._owners = np.array([part.param for part in shard.parts], np.uint32)
         self._is_whole = self._owners.tolist() == list(range(shard.total))
         session.received = 1
@@ -73,6 +77,7 @@ class Channel:
         self._settled = np.zeros(count, np.uint64)  # the last whose outcome is known
         self._is_settled = True  # all of them are
         self._count = count
+        self._accounts = threading.Lock()  # of what was lost: one thread pushes, another waits
         self._replica = self._make_replica()
         self.encoder = Encoder(plan, self.link.slots, stream=session.rank)
         self.weights = [self._tensor(self._replica, i) for i in range(len(layout.params))]
@@ -125,7 +130,6 @@ class Channel:
         at = self._where(buckets)
         rounds = self._next_round[at]
         first = int(rounds[0]) if len(rounds) else 0
-        self._is_settled = False
         if (rounds == first).all():
             self._last_seq[at] = self.link.push(first, buckets, info)
             self._next_round[at] = first + 1
@@ -135,12 +139,14 @@ class Channel:
                 same = buckets[rounds == number]
                 self._last_seq[same] = self.link.push(number, same, info)
                 self._next_round[same] = number + 1
-        if info.finite and info.samples > 0:
-            absent = () if info.absent is None else info.absent.tolist()
-            self.encoder.commit(buckets, info.grad_scale, absent=absent)
-        else:
-            # It counts nothing, so that what was lost before is still to be sent.
-            self.encoder.withhold(buckets)
+        with self._accounts:
+            self._is_settled = False
+            if info.finite and info.samples > 0:
+                absent = () if info.absent is None else info.absent.tolist()
+                self.encoder.commit(buckets, info.grad_scale, absent=absent)
+            else:
+                # It counts nothing, so that what was lost before is still to be sent.
+                self.encoder.withhold(buckets)
         return Part(self.link, buckets, self._last_seq[buckets], self._settle)
 
     def _where(self, buckets: NDArray[np.uint32]) -> NDArray[np.uint32] | slice:
@@ -154,8 +160,10 @@ class Channel:
         if self._settings.quorum < 1:
             # A worker that fell behind goes on where the others are: what it pushes next will have
             # been computed on the weights it gets now. What it computed before stays in its round.
-            chosen = _EVERY if buckets is None else np.asarray(buckets)
-            closed = self.link.closed_rounds[chosen]
+            chosen = _EVERY if buckets is None or self._whole else np.asarray(buckets)
+            # One round for a whole gradient: its buckets are looked at while they close one by
+            # one, and a round that waits for all of its buckets would wait for those in the next.
+            closed = self.link.rounds_over if self._whole else self.link.closed_rounds[chosen]
             self._next_round[chosen] = np.maximum(self._next_round[chosen], closed)
         if self.aliased or self.link.private:
             return
@@ -169,30 +177,24 @@ class Channel:
         """Make what lies in the arena the truth; returns once every live worker has called it."""
         if self.session.rank == 0:
             self.link.upload()
-        with self.session.sequenced() as seq:
-            self.session.request(m.Publish(**self.session.header(seq)))
+        self.session.request(m.Publish)
         self.link.download()
 
     def read(self, what: Readable, index: int, field: str = "") -> bytes:
         """Bytes of optimizer state that live in the hub: see the READ message."""
-        with self.session.sequenced() as seq:
-            read = m.Read(**self.session.header(seq), what=what, field=field, index=index)
-            _, payload = self.session.request(read)
+        _, payload = self.session.request(m.Read, what=what, field=field, index=index)
         return b"".join(payload)
 
     def write(self, what: Writable, index: int, data: bytes, field: str = "") -> None:
         """Replace what `read` returns."""
         step = self._settings.bucket_bytes
         chunks = [data[at : at + step] for at in range(0, len(data), step)]
-        with self.session.sequenced() as seq:
-            write = m.Write(**self.session.header(seq), what=what, field=field, index=index)
-            self.session.request(write, *chunks)
+        self.session.request(m.Write, *chunks, what=what, field=field, index=index)
 
     def set_steps(self, steps: NDArray[np.int64]) -> None:
         """Set the step count of every parameter of the whole model, of which this hub has some."""
         own = steps[self._owners]
-        with self.session.sequenced() as seq:
-            self.session.request(m.SetSteps(**self.session.header(seq)), own.tobytes())
+        self.session.request(m.SetSteps, own.tobytes())
 
     def close(self) -> None:
         """Let go of the memory; the session is the caller's."""
@@ -213,14 +215,15 @@ class Channel:
         Once for each push: whoever waits for it later may find a newer one encoded.
         """
         at = self._where(buckets)
-        new = seqs > self._settled[at]
-        if not new.all():
-            at = buckets = buckets[new]
-            seqs, outcomes = seqs[new], outcomes[new]
-        self._settled[at] = seqs
-        self._is_settled = bool((self._settled == self._last_seq).all())
-        if outcomes.any():
-            self.encoder.revert(buckets[outcomes != Outcome.APPLIED].tolist())
+        with self._accounts:
+            new = seqs > self._settled[at]
+            if not new.all():
+                at = buckets = buckets[new]
+                seqs, outcomes = seqs[new], outcomes[new]
+            self._settled[at] = seqs
+            self._is_settled = bool((self._settled == self._last_seq).all())
+            if outcomes.any():
+                self.encoder.revert(buckets[outcomes != Outcome.APPLIED].tolist())
 
     def _make_replica(self) -> NDArray[np.uint8]:
         if self.aliased or self.link.private:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from zps.config import Settings
 from zps.core.layout import Layout
 from zps.core.shards import Shard
 from zps.errors import ConfigError, ProtocolError, ZpsError
 from zps.wire import messages as m
+from zps.worker.link import Link
 from zps.worker.session import Session
 from zps.worker.shm_link import reachable
 
 log = logging.getLogger("zps")
 
 _GOODBYE_S = 2.0
+_SLICE_S = 0.1  # how long one hub waits while another is served
 _ENDING_S = 0.5
 
 
@@ -60,21 +63,50 @@ def declare(
         payload = [m.pack(shard.layout.to_wire()), hypers[hub]]
         if hub == 0 and len(sessions) > 1:
             payload.append(m.pack(whole.to_wire()))  # it can say what differs, and how
-        declare = partial(
-            m.Declare, layout_hash=shard.layout.hash, rule=rule, hub=hub, hubs=len(sessions)
-        )
-        answers.append(_connect(session, settings, declare, payload))
+        declaration = {
+            "layout_hash": shard.layout.hash,
+            "rule": rule,
+            "hub": hub,
+            "hubs": len(sessions),
+        }
+        answers.append(_connect(session, settings, declaration, payload))
     return answers if len(sessions) == 1 else _enter(sessions, answers)
 
 
-def leave(sessions: Sequence[Session], *, failed: bool) -> None:
-    """Say goodbye to every hub, and close. A hub may have gone first: that is no concern here."""
+def hand_over(links: Sequence[Link], rank: int, timeout_s: float) -> bool:
+    """Serve the hubs until each has what was pushed to it; whether there was anything to do.
+
+    Only warns of what is lost, because a hub has ended, or has asked for nothing in `timeout_s`.
+    """
+    owing = [link for link in links if link.owes]
+    why = f"no hub has asked for them in {timeout_s:g} s"
+    left = before = sum(link.owes for link in owing)
+    deadline = time.monotonic() + timeout_s
+    try:
+        while left and time.monotonic() < deadline:
+            for link in owing:
+                if link.owes:
+                    link.listen(_SLICE_S)
+            left, before = sum(link.owes for link in owing), left
+            if left < before:
+                deadline = time.monotonic() + timeout_s  # it moves on
+    except ZpsError as error:
+        why = str(error)
+    if left:
+        log.warning("rank %d leaves, and gradients that it pushed are lost: %s", rank, why)
+    return bool(owing)
+
+
+def leave(sessions: Sequence[Session], *, failed: bool, timeout_s: float = _GOODBYE_S) -> None:
+    """Say goodbye to every hub, and close. A hub may have gone first: that is no concern here.
+
+    timeout_s  how long to wait for an answer, which comes after all that was sent has arrived
+    """
     for session in sessions:
         session.neighbours = []  # their sockets close one after the other
     for session in sessions:
-        with contextlib.suppress(ZpsError), session.sequenced() as seq:
-            bye = m.Bye(**session.header(seq), failed=failed)
-            session.request(bye, timeout_s=_GOODBYE_S)
+        with contextlib.suppress(ZpsError):
+            session.request(m.Bye, timeout_s=timeout_s, failed=failed)
         session.close()
         session.last_words = str
 
@@ -82,15 +114,13 @@ def leave(sessions: Sequence[Session], *, failed: bool) -> None:
 def _connect(
     session: Session,
     settings: Settings,
-    declare: Callable[..., m.Declare],
+    declaration: Mapping[str, Any],
     payload: Sequence[bytes],
 ) -> m.Attach:
     """Declare: with memory to share where both sides can and may, for messages otherwise."""
 
     def attach(*, shared: bool) -> m.Attach:
-        with session.sequenced() as seq:
-            message = declare(**session.header(seq), shared=shared)
-            return _attach(session.request(message, *payload)[0])
+        return _attach(session.request(m.Declare, *payload, shared=shared, **declaration)[0])
 
     if settings.link == "shm" and not session.same_host:
         raise ConfigError(
@@ -120,13 +150,11 @@ def _enter(sessions: Sequence[Session], answers: list[m.Attach]) -> list[m.Attac
     """
     latest = max(answer.first_round for answer in answers)
     in_step = sessions[0].welcome.settings.get("quorum") == 1
-    told: dict[int, m.Enter] = {}
+    told: dict[int, m.Sessioned] = {}
     for hub, (session, answer) in enumerate(zip(sessions, answers, strict=True)):
         if answer.formed:
-            with session.sequenced() as seq:
-                first = latest if in_step else answer.first_round
-                told[hub] = m.Enter(**session.header(seq), round=first)
-                session.send(told[hub])
+            first = latest if in_step else answer.first_round
+            told[hub] = session.post(m.Enter, round=first)
     for hub, enter in told.items():
         answers[hub] = _attach(sessions[hub].answer(enter)[0])
     return answers

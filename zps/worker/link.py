@@ -73,6 +73,11 @@ class Link(Protocol):
         ...
 
     @property
+    def rounds_over(self) -> int:
+        """All buckets have closed in the rounds below this one."""
+        ...
+
+    @property
     def steps(self) -> NDArray[np.int64]:
         """How often each piece of the layout has been updated; changes under the reader."""
         ...
@@ -128,6 +133,14 @@ class Link(Protocol):
 
     def replica(self) -> NDArray[np.uint8] | None:
         """Where this worker is to keep the weights it computes on, if the hub wants to see them."""
+        ...
+
+    @property
+    def owes(self) -> int:
+        """How many buckets that were pushed the hub has yet to ask for: a goodbye would lose them.
+
+        `listen` hands over what it asks for.
+        """
         ...
 
     def last_words(self) -> str:

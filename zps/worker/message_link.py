@@ -59,8 +59,10 @@ class MessageLink:
         self._weights, self._slots = weights, slots
         self._versions = np.zeros(count, np.int64)
         self._closed = np.zeros(count, np.int64)
+        self._over = 0
         self._steps = np.zeros(len(layout.pieces), np.int64)
         self._done = np.zeros(count, np.uint64)
+        self._announced: set[int] = set()  # buckets the hub has yet to ask for
         self._deltas = None if way_back.identity else Deltas(way_back)
         session.on_payload = self._on_payload
 
@@ -77,6 +79,10 @@ class MessageLink:
     @property
     def closed_rounds(self) -> NDArray[np.int64]:
         return self._closed
+
+    @property
+    def rounds_over(self) -> int:
+        return self._over
 
     @property
     def steps(self) -> NDArray[np.int64]:
@@ -105,6 +111,8 @@ class MessageLink:
                 absent=info.absent is not None,
                 inline=inline,
             )
+            if not inline:
+                self._announced.update(buckets)
             self._session.send(message, *payload)
         return seq
 
@@ -143,9 +151,7 @@ class MessageLink:
     def _pull(self, buckets: Sequence[int] | NDArray[np.uint32], *, whole: bool) -> None:
         for at in range(0, len(buckets), m.MAX_PUSH_BUCKETS):
             part = [int(bucket) for bucket in buckets[at : at + m.MAX_PUSH_BUCKETS]]
-            with self._session.sequenced() as seq:
-                pull = m.Pull(**self._session.header(seq), buckets=part, whole=whole)
-                self._session.request(pull)
+            self._session.request(m.Pull, buckets=part, whole=whole)
 
     def upload(self) -> None:
         for bucket in self._layout.buckets:
@@ -158,9 +164,7 @@ class MessageLink:
     def download(self) -> None:
         self._pull(range(len(self._layout.buckets)), whole=True)
         for index, extra in enumerate(self._layout.extras):
-            with self._session.sequenced() as seq:
-                read = m.Read(**self._session.header(seq), what="extra", field="", index=index)
-                _, payload = self._session.request(read)
+            _, payload = self._session.request(m.Read, what="extra", field="", index=index)
             byte = self._layout.extra_bytes[index]
             _fill(self._weights[byte : byte + extra.nbytes], payload)
 
@@ -174,6 +178,10 @@ class MessageLink:
 
     def replica(self) -> NDArray[np.uint8] | None:
         return None
+
+    @property
+    def owes(self) -> int:
+        return len(self._announced)
 
     def last_words(self) -> str:
         return ""
@@ -201,6 +209,7 @@ class MessageLink:
                 data = m.Data(**self._session.header(seq), push=fetch.push, bucket=bucket)
                 # Not copied: the slot is this worker's again only when the hub has consumed it.
                 self._session.send(data, *frames)
+            self._announced.discard(bucket)
 
     def _take_weights(self, message: m.Weights, payload: list[Frame]) -> None:
         bucket = message.bucket
@@ -219,6 +228,7 @@ class MessageLink:
         self._steps[spec.pieces.start : spec.pieces.stop] = steps
         self._versions[bucket] = message.version
         self._closed[bucket] = message.closed
+        self._over = message.over
         if message.push is not None:
             self._done[bucket] = done_word(message.push, Outcome(message.outcome))
 
@@ -231,9 +241,7 @@ class MessageLink:
     def _write(self, what: str, index: int, data: NDArray[np.uint8]) -> None:
         limit = self._session.settings.bucket_bytes
         chunks = [bytes(data[at : at + limit]) for at in range(0, len(data), limit)]
-        with self._session.sequenced() as seq:
-            fields = {**self._session.header(seq), "what": what, "field": "", "index": index}
-            self._session.request(m.Write.model_validate(fields), *chunks)
+        self._session.request(m.Write, *chunks, what=what, field="", index=index)
 
 
 def _fill(target: NDArray[np.uint8], frames: Sequence[Frame]) -> None:

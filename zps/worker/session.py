@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,10 @@ from zps.wire.sockets import Dealer, Frame, host_id, readable
 Payload = m.Fetch | m.Weights | m.Consumed
 """What a hub sends unasked to a worker that shares no memory with it."""
 
+_Answer = tuple[m.Message, list[Frame]]
+
 _WHY_S = 0.5
+_SLICE_S = 0.1  # how long Ctrl-C and a dead hub may go unnoticed
 _MAX_FRAME_BYTES = 1 << 40  # a worker trusts the size of what its own hub sends
 _LOCAL: dict[str, type[ZpsError]] = {
     "duplicate_rank": DuplicateRank,
@@ -53,7 +57,11 @@ _LOCAL: dict[str, type[ZpsError]] = {
 
 
 class Session:
-    """A DEALER and what was agreed over it. Threads may share it; its lock orders them."""
+    """A DEALER and what was agreed over it.
+
+    Threads may share it. Its lock is held while the socket is used, and never while something is
+    waited for: one of the threads that wait reads for all, and hands each its answer.
+    """
 
     def __init__(self, address: str, settings: Settings, rank: int | None, world_size: int | None):
         """Say hello. Raises HubUnreachable, or what the hub's refusal stands for."""
@@ -73,10 +81,17 @@ class Session:
         self._pid = os.getpid()
         self._closed = ""
         self._lock = threading.RLock()
+        self._turn = threading.Condition()
+        self._reader = 0  # the thread that reads
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)  # it is to look at the socket
+        self._answers: dict[int, _Answer | None] = {}  # by request; None: it has yet to come
+        self._payloads = 0  # messages that came unasked: it moves on
         self._seq = 0
         self._pidfd = -1
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._dealer = Dealer(self._context, address, _MAX_FRAME_BYTES)
+        #: Readable when a message may have come, until the socket has been looked at.
+        self.descriptor = int(self._dealer.socket.getsockopt(zmq.FD))
         try:
             self.welcome = self._hello(rank, world_size)
         except BaseException:
@@ -118,11 +133,6 @@ class Session:
         return answer
 
     @property
-    def descriptor(self) -> int:
-        """Readable when a message may have come, and until it has been looked for."""
-        return int(self._dealer.socket.getsockopt(zmq.FD))
-
-    @property
     def same_host(self) -> bool:
         """Whether the hub's processes and memory can be reached from here."""
         return self._pidfd >= 0
@@ -147,8 +157,8 @@ class Session:
     @contextmanager
     def sequenced(self) -> Iterator[int]:
         """The next sequence number, with the socket held until it has been used."""
-        self.check_usable()
         with self._lock:
+            self.check_usable()
             self._seq += 1
             yield self._seq
 
@@ -168,104 +178,159 @@ class Session:
                 waited += 0.1
                 if waited > self.settings.timeout_s:
                     raise HubLost(f"the hub at {self.address} took no message for {waited:.0f} s")
+            self._rouse()
 
     def request(
-        self, message: m.Sessioned, *payload: Frame, timeout_s: float | None = None
-    ) -> tuple[m.Message, list[Frame]]:
+        self,
+        kind: type[m.Sessioned],
+        *payload: Frame,
+        timeout_s: float | None = None,
+        **fields: object,
+    ) -> _Answer:
         """Send and wait for the answer; raises what a refusal stands for, HubLost, WaitTimeout."""
-        with self._lock:
-            self.send(message, *payload)
-            return self.answer(message, timeout_s=timeout_s)
+        return self.answer(self.post(kind, *payload, **fields), timeout_s=timeout_s)
 
-    def answer(
-        self, message: m.Sessioned, *, timeout_s: float | None = None
-    ) -> tuple[m.Message, list[Frame]]:
-        """The answer to a message that was sent before, and after which nothing else was."""
+    def post(self, kind: type[m.Sessioned], *payload: Frame, **fields: object) -> m.Sessioned:
+        """Send a request, whose `answer` has to be asked for."""
+        with self.sequenced() as seq:
+            message = kind.model_validate({**self.header(seq), **fields})
+            self._answers[seq] = None
+            self.send(message, *payload)
+        return message
+
+    def answer(self, message: m.Sessioned, *, timeout_s: float | None = None) -> _Answer:
+        """The answer to what was posted; raises as `request` does."""
         timeout_s = self.settings.timeout_s if timeout_s is None else timeout_s
-        with self._lock:
-            answer = self._answer_to(message.seq, timeout_s)
-            if answer is None:
-                text = f"no answer to {message.tag!r} in {timeout_s:g} s"
-                raise WaitTimeout(text + self.who_is_missing())
-            return answer
+        answer = self._await(message, timeout_s)
+        if answer is None:
+            text = f"no answer to {message.tag!r} in {timeout_s:g} s"
+            raise WaitTimeout(text + self.who_is_missing())
+        if isinstance(answer[0], m.Refuse):
+            raise refusal(answer[0])
+        return answer
+
+    def _await(self, message: m.Sessioned, timeout_s: float) -> _Answer | None:
+        deadline = time.monotonic() + timeout_s
+        seen = self._payloads
+        try:
+            while self._answers[message.seq] is None:
+                if not self._read(min(_SLICE_S, max(0.0, deadline - time.monotonic()))):
+                    self._serve_neighbours()
+                    self.check_alive()
+                    if time.monotonic() >= deadline:
+                        break
+                elif self._payloads != seen:
+                    seen = self._payloads
+                    deadline = max(deadline, time.monotonic() + timeout_s)  # it moves on
+        finally:
+            answer = self._answers.pop(message.seq)
+        return answer
 
     def take(self, timeout_s: float) -> bool:
-        """Take one message that is no answer, and act on it; False when none has come in time.
+        """Act on one message, or let another thread do so; False when none has come in time.
 
         Raises what a refusal stands for, and HubLost.
         """
-        with self._lock:
-            self.check_usable()
-            frames = self._receive(timeout_s)
-            if frames is None:
-                self.check_alive()
-                return False
-            self._judge(frames)
+        if self._read(timeout_s):
             return True
-
-    def _answer_to(self, seq: int, timeout_s: float) -> tuple[m.Message, list[Frame]] | None:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            frames = self._receive(min(0.1, max(0.0, deadline - time.monotonic())))
-            if frames is None:
-                self._serve_neighbours()
-                self.check_alive()
-                if time.monotonic() >= deadline:
-                    return None
-                continue
-            answer = self._judge(frames)
-            if isinstance(answer, Payload):
-                deadline = max(deadline, time.monotonic() + timeout_s)  # it moves on
-            if getattr(answer, "seq", None) == seq:
-                return answer, frames[1:]
-
-    def _serve_neighbours(self) -> None:
-        """What their hubs ask for may be what the answer waits for."""
-        for other in self.neighbours:
-            # Without waiting: another thread that has the lock serves it itself.
-            if not other._closed and other._lock.acquire(blocking=False):
-                try:
-                    while other.take(0.0):
-                        pass
-                finally:
-                    other._lock.release()
+        self.check_alive()
+        return False
 
     def collect(self, count: int) -> None:
         """Take messages until `count` have come since the declaration; raises what they refuse.
 
         One that does not come is waited for once: the hub may have been unable to deliver it.
         """
-        with self._lock:
-            while self.received < count and self._given_up < count:
-                frames = self._receive(0.5)
-                if frames is None:
-                    self.check_alive()
-                    self._given_up = count
-                    return
+        deadline = 0.0
+        while self.received < count and self._given_up < count:
+            deadline = deadline or time.monotonic() + 0.5
+            left_s = deadline - time.monotonic()
+            if not self._read(max(0.0, left_s)) and left_s <= 0:
+                self.check_alive()
+                self._given_up = count
+
+    def _serve_neighbours(self) -> None:
+        """What their hubs ask for may be what the answer waits for."""
+        for other in self.neighbours:
+            while not other._closed and other.take(0.0):
+                pass
+
+    # --- reading ------------------------------------------------------------------------------
+
+    def _read(self, timeout_s: float) -> bool:
+        """Act on one message, unless another thread reads: then wait until it has.
+
+        False when none has come in time.
+        """
+        with self._turn:
+            self.check_usable()
+            if self._reader:
+                before = self.received
+                self._turn.wait(timeout_s)
+                return self.received > before
+            self._reader = threading.get_ident()
+        try:
+            frames = self._receive(timeout_s)
+            if frames is not None:
                 self._judge(frames)
+        finally:
+            with self._turn:
+                self._reader = 0
+                self._turn.notify_all()
+        return frames is not None
 
     def _receive(self, timeout_s: float) -> list[Frame] | None:
-        """A message; waits no longer once the hub's process has ended."""
-        poller = zmq.Poller()
-        poller.register(self._dealer.socket, zmq.POLLIN)
-        if self._pidfd >= 0:
-            poller.register(self._pidfd, zmq.POLLIN)
-        else:
-            poller.register(self._dealer.monitor, zmq.POLLIN)
-        for other in self.neighbours:  # by descriptor: the sockets are not ours to touch
-            if not other._closed:
-                poller.register(other.descriptor, zmq.POLLIN)
-        ready = dict(poller.poll(int(timeout_s * 1000)))
-        if not ready.keys() & {self._dealer.socket, self._dealer.monitor, self._pidfd}:
-            return None
-        frames = self._dealer.receive(0.05)  # what a dying hub said last may still be on its way
-        if frames is not None:
-            self.received += 1
-        return frames
+        """A message. Waits no longer once the hub has ended, or something comes to a neighbour.
 
-    def _judge(self, frames: list[Frame]) -> m.Message:
+        Descriptors are waited on, as the socket itself is free for others meanwhile.
+        """
+        deadline = time.monotonic() + timeout_s if timeout_s else 0.0
+        while True:
+            frames = self._next(0.0)
+            left_s = deadline - time.monotonic() if timeout_s else 0.0
+            if frames is not None or left_s <= 0 or self._closed:
+                return frames
+            poller = select.poll()
+            own = (self.descriptor, self._wake)
+            end = self._pidfd if self._pidfd >= 0 else self._dealer.monitor_descriptor
+            near = [other.descriptor for other in self.neighbours if not other._closed]
+            for fd in (*own, end, *near):
+                poller.register(fd, select.POLLIN)
+            ready = {fd for fd, _ in poller.poll(left_s * 1000)}
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            if end in ready and (self._pidfd >= 0 or self._is_cut()):
+                return self._next(0.05)  # what a dying hub said last may still be on its way
+            if not ready.isdisjoint(near):
+                return self._next(0.0)
+
+    def _is_cut(self) -> bool:
+        with self._lock:
+            return not self._dealer.socket.closed and self._dealer.is_cut()
+
+    def _next(self, patience_s: float) -> list[Frame] | None:
+        with self._lock:
+            if self._dealer.socket.closed:
+                return None
+            frames = self._dealer.receive(patience_s)
+            if frames is not None:
+                self.received += 1
+            return frames
+
+    def _rouse(self) -> None:
+        """Have the thread that reads look at the socket: using it may clear its descriptor."""
+        if self._reader not in (0, threading.get_ident()):
+            os.eventfd_write(self._wake, 1)
+
+    def _judge(self, frames: list[Frame]) -> None:
+        """Act on a message, or lay it where the thread that waits for it finds it."""
         answer = m.decode(frames[0])
+        seq = getattr(answer, "seq", None)
+        if seq in self._answers:
+            self._answers[seq] = (answer, frames[1:])
+            return
         if isinstance(answer, Payload):
+            self._payloads += 1
             self.on_payload(answer, frames[1:])
         if isinstance(answer, m.Refuse):
             raise refusal(answer)
@@ -274,7 +339,6 @@ class Session:
             raise HubLost(self._closed)
         if isinstance(answer, m.Partial):
             self.heed(answer)
-        return answer
 
     # --- state --------------------------------------------------------------------------------
 
@@ -297,6 +361,8 @@ class Session:
         """Raise HubLost when the hub's process has ended, or does so within `patience_s`."""
         if self._pidfd < 0:
             with self._lock:
+                if self._dealer.socket.closed:
+                    raise Closed(f"rank {self.rank} is closed: {self._closed}")
                 if not self._dealer.is_cut():
                     return
                 try:
@@ -323,17 +389,14 @@ class Session:
 
     def stats(self) -> dict[str, Any]:
         """The hub's own account: see the STATS message."""
-        with self.sequenced() as seq:
-            _, payload = self.request(m.Stats(**self.header(seq)))
+        _, payload = self.request(m.Stats)
         facts: dict[str, Any] = m.unpack(payload[0])
         return facts
 
     def who_is_missing(self) -> str:
         """For messages: whom the hub waits for, as far as it can still say."""
         try:
-            with self.sequenced() as seq:
-                self.send(m.Stats(epoch=self.welcome.epoch, session=self.welcome.session, seq=seq))
-                answer = self._answer_to(seq, _WHY_S)
+            answer = self._await(self.post(m.Stats), _WHY_S)
             facts = {} if answer is None else m.unpack(answer[1][0])
         except (ZpsError, IndexError, zmq.ZMQError):
             facts = {}
@@ -349,10 +412,17 @@ class Session:
         """Close the socket; the goodbye is the caller's."""
         if os.getpid() != self._pid:
             return  # a forked child must not touch its parent's sockets
+        self._closed = self._closed or why
+        with self._turn:
+            while self._reader not in (0, threading.get_ident()):
+                os.eventfd_write(self._wake, 1)
+                self._turn.wait(_SLICE_S)
         with self._lock:
-            self._closed = self._closed or why
+            if self._dealer.socket.closed:
+                return
             self._dealer.close()
             self._context.term()
+            os.close(self._wake)
             if self._pidfd >= 0:
                 os.close(self._pidfd)
                 self._pidfd = -1

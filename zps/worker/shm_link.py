@@ -219,8 +219,17 @@ class ShmLink:
         return self._control.closed
 
     @property
+    def rounds_over(self) -> int:
+        closed = self._control.closed
+        return int(closed.min()) if len(closed) else 0
+
+    @property
     def steps(self) -> NDArray[np.int64]:
         return self._control.steps
+
+    @property
+    def owes(self) -> int:
+        return 0  # the hub keeps the slots for as long as it needs them
 
     def last_words(self) -> str:
         return self._control.last_words

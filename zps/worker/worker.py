@@ -163,9 +163,9 @@ class Worker:
         attached = joining.declare(
             self._sessions, self.settings, shards, layout, rule=rule, hypers=hypers
         )
-        aliased = self._may_alias
+        aliased, whole = self._may_alias, layout.fuse or max_grad_norm is not None
         return [
-            Channel(session, self.settings, shard, attach, aliased=aliased)
+            Channel(session, self.settings, shard, attach, aliased=aliased, whole=whole)
             for session, shard, attach in zip(self._sessions, shards, attached, strict=True)
         ]
 
@@ -371,8 +371,7 @@ class Worker:
 
     def barrier(self) -> None:
         """Return once every live worker has called it."""
-        with self._session.sequenced() as seq:
-            self._session.request(m.Barrier(**self._session.header(seq)))
+        self._session.request(m.Barrier)
 
     def stats(self) -> dict[str, Any]:
         """The hub's own account: members, versions, dropped and skipped rounds.
@@ -384,15 +383,23 @@ class Worker:
     def close(self, *, goodbye: bool = True) -> None:
         """Leave the job. Closing twice is allowed.
 
+        What has been pushed counts, waited for or not. A hub with little room asks for large
+        gradients late, where they travel in messages: this waits for it up to `timeout_s`.
+
         goodbye  True: the others go on without this worker; False: it has failed, and the setting
                  `on_death` says what that means for them
         """
         calls, self._at_close = self._at_close, []
         for call in calls:
             call(goodbye)
-        joining.leave(self._sessions, failed=not goodbye)
+        model, timeout_s = self._model, self.settings.timeout_s
+        links = [channel.link for channel in model.channels] if goodbye and model else []
+        if joining.hand_over(links, self.rank, timeout_s):
+            joining.leave(self._sessions, failed=False, timeout_s=timeout_s)
+        else:
+            joining.leave(self._sessions, failed=not goodbye)
         self._under_way.clear()
-        model, self._model = self._model, None
+        self._model = None
         if model is not None:
             model.close()
             self._closed = True
