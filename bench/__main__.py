@@ -24,13 +24,11 @@ from .peers.base import BenchError
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
-_NAMES = "; ".join(f"{suite.name}: {suite.question}" for suite in suites.SUITES)
-
 
 @app.command()
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[SUITE]...", help=f"Default: all. {_NAMES}")
+        list[str] | None, typer.Argument(metavar="SUITE", help="Default: all; see --list.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="about a minute in all")] = False,
     full: Annotated[bool, typer.Option("--full", help="every size, many restarts")] = False,

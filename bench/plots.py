@@ -65,14 +65,14 @@ _STYLE = {
 Chosen = Iterator[tuple[str, list[Record]]]
 
 
-def _by_workers(bench: str, least: int = 1) -> Callable[[Sequence[Record]], Chosen]:
-    """Comparisons of a suite, a plot for each number of workers with so many sizes."""
+def _by_workers(*benches: str, least_sizes: int = 1) -> Callable[[Sequence[Record]], Chosen]:
+    """Comparisons of these suites, a plot for each number of workers with so many sizes."""
 
     def choose(records: Sequence[Record]) -> Chosen:
-        own = [r for r in records if r["bench"] == bench and "p50_us" in r and "peers" in r]
-        for workers in sorted({r["workers"] for r in own}):
-            chosen = [r for r in own if r["workers"] == workers]
-            if len({r["size"] for r in chosen}) >= least:
+        own = [r for r in records if r["bench"] in benches and "p50_us" in r and "peers" in r]
+        for bench, workers in sorted({(r["bench"], r["workers"]) for r in own}):
+            chosen = [r for r in own if (r["bench"], r["workers"]) == (bench, workers)]
+            if len({r["size"] for r in chosen}) >= least_sizes:
                 yield f"-{bench}-n{workers}", chosen
 
     return choose
@@ -265,10 +265,8 @@ def _soak(figure: Figure, axes: Axes, records: list[Record]) -> None:
 Draw = Callable[["Figure", "Axes", list[Record]], None]
 
 PLOTS: dict[str, tuple[Callable[[Sequence[Record]], Chosen], Draw]] = {
-    "time-by-size": (_by_workers("step", least=2), _time_by_size),
-    "latency": (_by_workers("step"), _latency),
-    "latency-rtt": (_by_workers("rtt"), _latency),
-    "pull": (_by_workers("pull", least=2), _time_by_size),
+    "time": (_by_workers("step", "pull", least_sizes=2), _time_by_size),
+    "latency": (_by_workers("step", "rtt", "pull", "train"), _latency),
     "roofline": (_all("kernels"), _roofline),
     "breakdown": (_all("breakdown"), _breakdown),
     "loss-by-time": (_all("converge"), _loss_by_time),
