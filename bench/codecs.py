@@ -46,7 +46,7 @@ UNIT = 512  # elements that the stream kernel takes together
 GOAL = 0.8
 TOPK_GOAL = 5.0
 CONTRIBUTORS = (1, 2, 4)
-_ELEMENTS, _QUICK_ELEMENTS = 25_000_000, 4 * PIECE
+_ELEMENTS, _QUICK_ELEMENTS = 25_000_000, 4 * PIECE  # at most, in a quick run
 _REPEATS, _QUICK_REPEATS = 15, 3
 _STREAMS = 12  # five of the memory, four slots, topk's copies
 
@@ -322,7 +322,7 @@ def table(done: list[Result]) -> Table:
 
 def prepare(options: Options, repeats: int | None = None, threads: int | None = None) -> suites.Job:
     """All codecs at each size; `reduce` and `apply` with each number of contributors."""
-    sizes = options.sizes or (options.by_level(_QUICK_ELEMENTS, _ELEMENTS, _ELEMENTS),)
+    sizes = options.sizes or (options.by_level(PIECE, _ELEMENTS, _ELEMENTS),)
     if options.level is options.level.QUICK:
         sizes = tuple(min(size, _QUICK_ELEMENTS) for size in sizes)
     counts = options.workers or CONTRIBUTORS

@@ -39,6 +39,7 @@ class Point:
     size: int
     workers: int
     hubs: int
+    peer: type[Zps] = Zps
 
     @property
     def name(self) -> str:
@@ -51,13 +52,12 @@ class Point:
 
     @property
     def entry(self) -> Entry:
-        peer = {1: Zps, 2: Hubs2, 4: Hubs4}[self.hubs]
-        return Entry(self.name, peer, self.workers, self.size)
+        return Entry(self.name, self.peer, self.workers, self.size)
 
     @property
     def memory_bytes(self) -> int:
         processes = (self.workers + self.hubs) * harness.PROCESS_BYTES
-        return Hubs.memory_bytes(self.size, self.workers) + processes
+        return self.peer.memory_bytes(self.size, self.workers) + processes
 
 
 def prepare(options: Options) -> suites.Job:
@@ -95,14 +95,14 @@ def parts_of(options: Options) -> dict[str, list[Point]]:
         (1_000_000, 4_000_000, 10_000_000, 25_000_000, 100_000_000),
     )
     worlds = options.workers or options.by_level((2, 4), (2, 4, 8), (1, 2, 4, 8, 16))
-    hubs = options.by_level((1, 2), (1, 2, 4), (1, 2, 4))
+    hubs = options.by_level((), (Hubs, Hubs2, Hubs4), (Hubs, Hubs2, Hubs4))
     size = options.by_level(min(sizes), 10_000_000, 10_000_000)
     if options.sizes:
         size = min(sizes)
     return {
         "parameters": [Point(count, 2, 1) for count in sorted(set(sizes))],
         "workers": [Point(size, world, 1) for world in sorted(set(worlds))],
-        "hubs": [Point(size, 2, count) for count in hubs],
+        "hubs": [Point(size, 2, peer.hubs, peer) for peer in hubs],
     }
 
 

@@ -25,8 +25,9 @@ from .peers.zps_round import Zps, ZpsGrad, ZpsTcp
 from .report import Case
 
 PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, ZpsTcp, Gloo, Rpc)
+QUICK_PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, Gloo)
 SIZES = (1_000, 1_000_000, 25_000_000)
-_QUICK_SIZES = (1_000, 1_000_000)
+_QUICK_SIZES = (1_000_000,)
 _ALL_SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 25_000_000, 100_000_000)
 _CHECKED_ROUNDS = 5
 
@@ -39,7 +40,7 @@ def prepare(options: Options) -> suites.Job:
     What was asked for and does not fit into memory is an error; what the suite itself would choose
     is then measured with fewer participants, the hungriest left out first, or not at all.
     """
-    peers, notes = harness.choose(options.peers, PEERS)
+    peers, notes = suites.participants(options, PEERS, QUICK_PEERS)
     sizes = options.sizes or options.by_level(_QUICK_SIZES, SIZES, _ALL_SIZES)
     worlds = options.workers or options.by_level((2,), (2, 4), (1, 2, 4, 8))
     cases = []

@@ -11,9 +11,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from . import harness
 from .naming import nearest
-from .options import Options, require_writable
+from .options import Level, Options, require_writable
 from .out import Out, complaints
+from .peers.base import Peer
 
 # What is left of a suite once its options are checked: it measures, and tells.
 Job = Callable[[Out], None]
@@ -85,6 +87,22 @@ def prepare(chosen: Sequence[Suite], options: Options) -> list[tuple[Suite, Job]
         own = ",".join(name for name in wanted if name in suite.peers)
         jobs.append((suite, suite.prepare(replace(options, peers=own or None))))
     return jobs
+
+
+def participants(
+    options: Options, known: Sequence[type[Peer]], quick: Sequence[type[Peer]]
+) -> tuple[list[type[Peer]], list[str]]:
+    """Those that were asked for; of its own, a suite takes all, or `quick` of them in a quick run.
+
+    Returns them, and a line about each that is left out. Raises BenchError as `harness.choose`.
+    """
+    chosen, notes = harness.choose(options.peers, known)
+    if options.peers or options.sizes or options.level is not Level.QUICK:
+        return chosen, notes
+    left_out = [peer.name for peer in chosen if peer not in quick]
+    if left_out:
+        notes.append(f"a quick run leaves {', '.join(left_out)} out; --peers names who takes part")
+    return [peer for peer in chosen if peer in quick], notes
 
 
 def environ(**more: str) -> dict[str, str]:

@@ -22,6 +22,7 @@ from .peers.training import TrainDdp, TrainLocal, TrainZps, parameters
 from .report import Case
 
 PEERS: tuple[type[Peer], ...] = (TrainZps, TrainDdp, TrainLocal)
+_QUICK_PEERS: tuple[type[Peer], ...] = (TrainZps, TrainDdp)
 _CHECKED_STEPS = 3
 _WIDTH, _QUICK_WIDTH = 4096, 512
 # Sums run in another order: a few ulp a step, and more where a ReLU is near its edge.
@@ -32,7 +33,7 @@ app = typer.Typer(add_completion=False)
 
 def prepare(options: Options, width: int | None = None) -> suites.Job:
     """One model, with each number of workers. The sizes of `options` are not for this suite."""
-    chosen, notes = harness.choose(options.peers, PEERS)
+    chosen, notes = suites.participants(options, PEERS, PEERS if width else _QUICK_PEERS)
     width = width or options.by_level(_QUICK_WIDTH, _WIDTH, _WIDTH)
     worlds = options.workers or (2,)
     for world in worlds:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ import typer
 
 from . import footprint, harness, netns, report, suites
 from .netns import Counters, Host
-from .options import Options, read
+from .options import Level, Options, read
 from .out import Out, Record
 from .peers import encoded, remote
 from .peers import team as teams_of
@@ -35,35 +35,39 @@ from .peers.zps_round import Zps
 from .report import Case
 
 PEERS: tuple[type[Remote], ...] = (Remote, RemoteInt8, RemoteOnebit, RemoteFp16)
+_QUICK_PEERS: tuple[type[Remote], ...] = (Remote, RemoteInt8)
 CASES = ("link", "node", "memory")
 SHARE_GOAL = 0.9  # of the cable's bandwidth, as a plain TCP connection reaches it
 BYTES_RTOL = 0.02
 _CHECKED_ROUNDS = 5
 _COUNTED_ROUNDS = 3
 _NODE_WORKERS = 4
+_QUICK_CASES = "link,memory"
 _MEMORY_WORKERS, _MEMORY_BYTES, _QUICK_MEMORY_BYTES = 8, 100_000_000, 16 << 20
 _SIZE, _QUICK_SIZE = 25_000_000, 1_000_000
 
 app = typer.Typer(add_completion=False)
 
 Tick = Callable[[str], None]
+Peers = Sequence[type[Remote]]
 
 
 # --- link: bytes and time ------------------------------------------------------------------------
 
 
 def measure_link(
-    size: int, rate: str, seed: int, plan: harness.Plan, out: Out
+    peers: Peers, size: int, rate: str, options: Options, out: Out
 ) -> tuple[Case, dict[str, str]]:
     """All codecs at one size: results first, then bytes, then time.
 
     Returns the case, and why each participant that is not in it was left out.
     """
+    plan, seed = options.plan, options.seed
     with ExitStack() as stack:
-        steps = len(PEERS) * (5 + plan.blocks) + 2
+        steps = len(peers) * (5 + plan.blocks) + 2
         tick = stack.enter_context(out.progress(steps))
         hub, workers = stack.enter_context(netns.network(rate))
-        teams, skipped = _seat(stack, hub, workers, size, seed, tick)
+        teams, skipped = _seat(stack, peers, hub, workers, size, seed, tick)
         for name, team in teams.items():
             tick(f"check {name}")
             check_weights(team, size, seed, _expected_digest(name, size, seed))
@@ -86,11 +90,11 @@ def measure_link(
 
 
 def _seat(
-    stack: ExitStack, hub: Host, workers: Host, size: int, seed: int, tick: Tick
+    stack: ExitStack, peers: Peers, hub: Host, workers: Host, size: int, seed: int, tick: Tick
 ) -> tuple[dict[str, Team], dict[str, str]]:
     teams: dict[str, Team] = {}
     skipped: dict[str, str] = {}
-    for peer in PEERS:
+    for peer in peers:
         tick(f"start {peer.name}")
         try:
             team = stack.enter_context(remote.remote_team(peer, hub, workers, size, seed))
@@ -278,6 +282,12 @@ def choose_cases(names: str | None) -> list[str]:
     return [name for name in CASES if name in wanted]
 
 
+def choose_peers(options: Options) -> tuple[list[type[Remote]], list[str]]:
+    """The codecs to compare, and notes; nothing encoded is always there, as what all is held by."""
+    chosen, notes = suites.participants(options, PEERS, _QUICK_PEERS)
+    return [peer for peer in PEERS if peer in chosen or peer is Remote], notes
+
+
 def unavailable(case: str) -> str | None:
     """None, or why this case cannot run here."""
     if case == "memory":
@@ -288,13 +298,17 @@ def unavailable(case: str) -> str | None:
 def prepare(options: Options, cases: str | None = None, rate: str = "1gbit") -> suites.Job:
     """Those of `cases` (comma-separated; None: all) that can run here, at each size."""
     sizes = options.sizes or (options.by_level(_QUICK_SIZE, _SIZE, _SIZE),)
-    chosen = choose_cases(cases)
+    quick = options.level is Level.QUICK and options.sizes is None
+    chosen = choose_cases(cases or (_QUICK_CASES if quick else None))
+    peers, notes = choose_peers(options)
     reasons = {name: unavailable(name) for name in chosen}
     for size in sizes if "link" in chosen and not reasons["link"] else ():
-        harness.require_memory(PEERS, size, 1, payload_bytes=4 * size)
+        harness.require_memory(peers, size, 1, payload_bytes=4 * size)
     memory_bytes = options.by_level(_QUICK_MEMORY_BYTES, _MEMORY_BYTES, _MEMORY_BYTES)
 
     def job(out: Out) -> None:
+        for note in notes:
+            out.note(note)
         for name in chosen:
             if reason := reasons[name]:
                 _skip(name, reason, out)
@@ -302,14 +316,16 @@ def prepare(options: Options, cases: str | None = None, rate: str = "1gbit") -> 
                 _tell(name, measure_memory(out, memory_bytes), out)
             else:
                 for size in sizes:
-                    _run_between_hosts(name, size, rate, options, out)
+                    _run_between_hosts(name, peers, size, rate, options, out)
 
     return job
 
 
-def _run_between_hosts(name: str, size: int, rate: str, options: Options, out: Out) -> None:
+def _run_between_hosts(
+    name: str, peers: Peers, size: int, rate: str, options: Options, out: Out
+) -> None:
     if name == "link":
-        tell_link(*measure_link(size, rate, options.seed, options.plan, out), out)
+        tell_link(*measure_link(peers, size, rate, options, out), out)
     else:
         _tell(name, measure_node(size, rate, options.seed, out), out)
 

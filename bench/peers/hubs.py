@@ -10,21 +10,35 @@ from typing import ClassVar
 from .base import Server, cores
 from .zps_round import Zps, start_hub
 
+_BUCKETS = 8  # at least: a model of one bucket cannot be shared
+
 
 class Hubs(Zps):
-    """As `zps`, with `hubs` of them; each has its share of the cores."""
+    """As `zps`, with `hubs` of them; each has its share of the cores.
 
-    name: ClassVar[str] = "zps-hubs"
-    about: ClassVar[str] = "zps in bsp with several hubs"
+    The one parameter is spread over all of them, which costs every worker a copy of its gradient
+    and of the weights: what is measured is the dearest way to share a model.
+    """
+
+    name: ClassVar[str] = "zps-1-hub"
+    about: ClassVar[str] = "zps in bsp, its cores shared out among several hubs"
     hubs: ClassVar[int] = 1
+
+    @classmethod
+    def memory_bytes(cls, size: int, world: int) -> int:
+        return super().memory_bytes(size, world) + 8 * size * world
 
     @classmethod
     @contextmanager
     def serve(cls, world: int, size: int, seed: int, folder: Path) -> Iterator[Server]:
         threads = max(1, cores() // cls.hubs)
+        bucket_bytes = max(4096, min(4 << 20, 4 * size // _BUCKETS // 64 * 64))
         with ExitStack() as stack:
             servers = [
-                stack.enter_context(start_hub(world, hub_threads=threads)) for _ in range(cls.hubs)
+                stack.enter_context(
+                    start_hub(world, hub_threads=threads, bucket_bytes=bucket_bytes)
+                )
+                for _ in range(cls.hubs)
             ]
             yield Server(
                 ",".join(server.address for server in servers),
