@@ -86,12 +86,14 @@ def measure(
         for restart in range(options.restarts):
             for way in ways if restart % 2 == 0 else tuple(reversed(ways)):
                 tick(way.name)
-                found[way].append(learn(way, world, epochs, options.seed + restart))
+                curve = learn(way, world, epochs, options.seed + restart)
+                check(way, curve)
+                found[way].append(curve)
     return found
 
 
 def learn(way: Way, world: int, epochs: int, seed: int) -> Curve:
-    """One job from start to end. Raises BenchError when it fails or does not learn."""
+    """One job from start to end. Raises BenchError when it fails."""
     with TemporaryDirectory(prefix="bench-") as folder:
         file = Path(folder) / "curve.json"
         command = [sys.executable, "-m", "zps", "launch", "-n", str(world), "--mode", way.mode]
@@ -107,12 +109,16 @@ def learn(way: Way, world: int, epochs: int, seed: int) -> Curve:
         if done.returncode:
             raise BenchError(f"{way.name}: the job has failed:\n{done.stderr[-2000:]}")
         curve: Curve = json.loads(file.read_text())
+    return curve
+
+
+def check(way: Way, curve: Curve) -> None:
+    """Raises BenchError unless this way has learnt to recognise digits."""
     if curve["accuracy"] < LEAST_ACCURACY:
         raise BenchError(
             f"{way.name}: it recognises {curve['accuracy']:.1%} of the digits, "
             f"less than {LEAST_ACCURACY:.0%}: it does not learn"
         )
-    return curve
 
 
 def until(curve: Curve, target: float = TARGET) -> dict[str, float] | None:

@@ -170,7 +170,7 @@ def human(size: int) -> str:
     """25000000 → 25 M."""
     for unit in ("G", "M", "K"):
         if size >= _UNITS[unit]:
-            return f"{size / _UNITS[unit]:g} {unit}"
+            return f"{size / _UNITS[unit]:.4g} {unit}"
     return str(size)
 
 

@@ -136,7 +136,7 @@ def _latency(_: Figure, axes: Axes, records: list[Record]) -> None:
     for name, found in everybody(record).items():
         if "quantiles_us" in found:
             quantiles = [us / 1e3 for us in found["quantiles_us"]]
-            axes.step(quantiles, [p / 100 for p in PERCENTILES], where="post", label=name)
+            axes.plot(quantiles, [p / 100 for p in PERCENTILES], label=name)
     axes.set_xscale("log")
     axes.set(
         xlabel="ms a round",
@@ -204,6 +204,7 @@ def _loss(_: Figure, axes: Axes, records: list[Record], what: str) -> None:
     axes.set_yscale("log")
     if what != "seconds":
         axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(left=0)
     axes.set(
         xlabel="s" if what == "seconds" else "MB that a worker has pushed",
         ylabel="training loss",

@@ -13,7 +13,7 @@ from .peers.team import Samples
 
 Indices = npt.NDArray[np.intp]
 
-PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
+PERCENTILES = (1, 2, 5, *range(10, 91, 5), 95, 98, 99)
 _AT_A_TIME = 1 << 18  # elements
 
 

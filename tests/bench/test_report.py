@@ -2,32 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
-import numpy as np
-
-from bench.harness import Measured, Run
-from bench.out import Record
-from bench.peers.team import Cpu
-from bench.report import Case, facts, records, table
-
-SIZE = 25_000_000
-
-
-def case(**measured: float) -> Case:
-    """A case in which every round of each participant took the given microseconds."""
-    found = {
-        name.replace("_", "-"): Measured(
-            [np.full(4, us)] * 3, {"worker": 1, "server": 2, "total": 9}, cpu=[Cpu(us, us / 2)]
-        )
-        for name, us in measured.items()
-    }
-    return Case("step", SIZE, 4 * SIZE, 2, Run(found, 1.0, 0.25), facts())
-
-
-def told(**measured: float) -> list[Record]:
-    """The records of such a case, as they come back from a file."""
-    return [json.loads(json.dumps(record)) for record in records(case(**measured))]
+from bench.report import table
+from tests.bench.samples import SIZE, case, told
 
 
 def test_every_form_of_zps_has_a_record_with_its_peers_and_their_ratios() -> None:
