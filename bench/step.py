@@ -19,13 +19,17 @@ from .out import Out
 from .peers import problem
 from .peers.base import BenchError, Peer
 from .peers.gloo import Gloo
+from .peers.hivemind import Hivemind
+from .peers.kernel import Kernel
+from .peers.mpi import Mpi
+from .peers.ray_actor import RayActor
 from .peers.rpc import Rpc
 from .peers.team import Team
 from .peers.zps_round import Zps, ZpsGrad, ZpsTcp
 from .report import Case
 
-PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, ZpsTcp, Gloo, Rpc)
-QUICK_PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, Gloo)
+PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, ZpsTcp, Kernel, Gloo, Mpi, Rpc, RayActor, Hivemind)
+QUICK_PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, Kernel, Gloo, Mpi)
 SIZES = (1_000, 1_000_000, 25_000_000)
 _QUICK_SIZES = (1_000_000,)
 _ALL_SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 25_000_000, 100_000_000)

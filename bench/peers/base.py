@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,6 +53,8 @@ class Peer(ABC):
     about: ClassVar[str]
     # Processes that burn a core while they wait are stopped by signal while others are timed.
     spins_when_idle: ClassVar[bool] = False
+    # Whether all workers hold the same weights to the last bit.
+    same_bits: ClassVar[bool] = True
 
     @classmethod
     def available(cls) -> str | None:
@@ -73,6 +75,10 @@ class Peer(ABC):
     @abstractmethod
     def setup(self, seat: Seat) -> None: ...
 
+    def pids(self) -> list[int]:
+        """The processes that `setup` has started beside this one; `close` ends them."""
+        return []
+
     @abstractmethod
     def prepare(self, round_number: int) -> None: ...
 
@@ -90,3 +96,12 @@ class Peer(ABC):
 def cores() -> int:
     """The cores this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def children(pid: int) -> list[int]:
+    """The processes that `pid` has started, and that live."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    return [child for child, parent in parents.items() if parent == pid]

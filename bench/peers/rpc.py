@@ -1,8 +1,7 @@
-"""Peer `rpc`: a parameter server on torch.distributed.rpc, as PyTorch's tutorial builds it."""
+"""Peer `rpc`: the batch-updating parameter server of PyTorch's tutorial on rpc."""
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -10,15 +9,16 @@ from pathlib import Path
 from typing import ClassVar
 
 from . import problem
-from .base import BenchError, Peer, Seat, Server, cores
+from .base import Peer, Seat, Server, cores
 from .problem import Array
-
-_START_S = 60.0
+from .server_process import server_process
 
 
 class Rpc(Peer):
     name: ClassVar[str] = "rpc"
-    about: ClassVar[str] = "torch.distributed.rpc parameter server, as in PyTorch's tutorial"
+    about: ClassVar[str] = (
+        "torch.distributed.rpc, the batch-updating parameter server of PyTorch's tutorial"
+    )
     spins_when_idle: ClassVar[bool] = True  # tensorpipe's shared-memory transport polls
 
     @classmethod
@@ -39,25 +39,8 @@ class Rpc(Peer):
     @contextmanager
     def serve(cls, world: int, size: int, seed: int, folder: Path) -> Iterator[Server]:
         address = f"file://{folder / cls.name}.rendezvous"
-        context = multiprocessing.get_context("spawn")
-        here, there = context.Pipe()
-        process = context.Process(
-            target=_serve, args=(world, size, seed, address, there), daemon=True
-        )
-        process.start()
-        there.close()
-        try:
-            if not here.poll(_START_S):
-                raise BenchError(f"rpc: the server did not start within {_START_S:.0f} s")
-            here.recv()
-            assert process.pid is not None
-            yield Server(address, (process.pid,), cores())
-            process.join(10.0)
-        except EOFError:
-            raise BenchError("rpc: the server ended before it was ready") from None
-        finally:
-            process.kill()
-            process.join()
+        with server_process(cls.name, _serve, world, size, seed, address) as (_, pid):
+            yield Server(address, (pid,), cores())
 
     def setup(self, seat: Seat) -> None:
         import torch

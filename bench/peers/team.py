@@ -124,7 +124,7 @@ def _member_main(
         gc.collect()
         gc.freeze()
         gc.disable()  # a collection within a round would be measured with it
-        control.send(("ok", None))
+        control.send(("ok", peer.pids()))
         while (order := control.recv()) is not None:
             command, arguments = order
             control.send(("ok", getattr(member, command)(*arguments)))
@@ -138,7 +138,7 @@ def _member_main(
 
 @dataclass(frozen=True, slots=True)
 class Cpu:
-    """Processor time a round, user and system: of all workers during it, of the server always."""
+    """Processor time a round, user and system: of workers during it, of all else throughout."""
 
     workers_us: float = 0.0
     server_us: float = 0.0
@@ -161,6 +161,7 @@ class Team:
         self.server = server
         self._controls: list[Connection] = []
         self._processes: list[BaseProcess] = []
+        self._beside: list[int] = []  # what the workers themselves have started
         self._start(seats)
 
     def _start(self, seats: list[Seat]) -> None:
@@ -182,7 +183,7 @@ class Team:
 
     def ready(self) -> None:
         """Waits until every worker is set up."""
-        self._replies()
+        self._beside = [pid for pids in self._replies() for pid in pids]
         self._signal(signal.SIGSTOP)
 
     def run(self, rounds: int) -> Block:
@@ -209,7 +210,8 @@ class Team:
             yield rank, self._replies(rank)[0]
 
     def pids(self) -> list[int]:
-        return [p.pid for p in self._processes if p.pid is not None] + list(self.server.pids)
+        own = [process.pid for process in self._processes if process.pid is not None]
+        return [*own, *self._beside, *self.server.pids]
 
     def cpu_s(self) -> float:
         """CPU seconds that all its processes have used so far."""
@@ -221,7 +223,7 @@ class Team:
         return {"server": self.server.threads, "total": total}
 
     def _server_cpu_s(self) -> float:
-        return sum(_cpu_s(pid) for pid in self.server.pids)
+        return sum(_cpu_s(pid) for pid in (*self._beside, *self.server.pids))
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -238,6 +240,7 @@ class Team:
         for control in self._controls:
             control.send(None)
         self._replies()
+        self._beside.clear()
         for process in self._processes:
             process.join(_EXIT_S)
 
@@ -246,6 +249,9 @@ class Team:
         for process in self._processes:
             process.kill()
             process.join()
+        for pid in self._beside:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for control in self._controls:
             control.close()
         self._processes.clear()
