@@ -145,12 +145,12 @@ def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says() -> None:
 
 
 def test_restarts_that_disagree_widen_the_interval() -> None:
-    below = [np.full(4, 1.0)] * 8
-    lucky, unlucky = [np.full(4, 2.0)] * 4, [np.full(4, 4.0)] * 4
-    apart = ratio_of_medians([*lucky, *unlucky], below, restarts=[4, 4])
-    assert (apart.low, apart.high) == (2.0, 4.0)
-    even = ratio_of_medians([np.full(4, 3.0)] * 8, below, restarts=[4, 4])
-    assert (even.low, even.value, even.high) == (3.0, 3.0, 3.0)
+    below = [np.full(4, 1.0)] * 10
+    above = [*[np.full(4, 2.0)] * 9, np.full(4, 4.0)]
+    cycles = ratio_of_medians(above, below)
+    assert (cycles.low, cycles.high) == (2.0, 2.0)
+    starts = ratio_of_medians(above, below, restarts=[9, 1])
+    assert (starts.low, starts.value, starts.high) == (2.0, 2.0, 4.0)
 
 
 def test_the_runs_of_all_restarts_become_one() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,14 +13,13 @@ import pytest
 
 from bench import breakdown, converge, harness, pull, rtt, scale
 from bench.converge import BASE, Way
-from bench.harness import Plan
+from bench.harness import Measured, Plan, Run
 from bench.options import read
 from bench.out import Out, Record
 from bench.peers import problem
-from bench.peers.base import BenchError
+from bench.peers.base import BenchError, Peer, Seat
 from bench.peers.echo import Echo
 from bench.peers.hubs import Hubs2
-from bench.peers.team import team
 from bench.peers.zps_round import Zps
 from bench.scale import Point
 
@@ -43,37 +44,53 @@ def test_a_round_trip_is_told_in_time_and_in_the_servers_processor_time(
     assert (cpu["what"], list(cpu["peers"])) == ("zps-cpu", ["echo"])
     assert 0 < cpu["peers"]["echo"]["server_us"] < 1e5
     assert cpu["server_us"] > 0
+    assert all(found["cpu_us"]["workers"] > 0 for found in (times, times["peers"]["echo"]))
     assert times["cpu_us"]["server"] == pytest.approx(cpu["server_us"], abs=0.1)
 
 
-def test_an_echo_of_something_else_is_an_error(tmp_path: Path) -> None:
-    with team(Echo, 1, 10, 3, tmp_path) as members:
-        members.run(2)
-        harness.check(members, Echo.answer(2), 2)
-        with pytest.raises(BenchError, match="echo: worker 0 has wrong weights"):
-            harness.check(members, Echo.answer(1), 2)
+@contextmanager
+def seated(peer: type[Peer], size: int, folder: Path) -> Iterator[Peer]:
+    """A participant's only worker, in this process."""
+    with peer.serve(1, size, 3, folder) as server:
+        worker = peer()
+        worker.setup(Seat(0, 1, size, 3, server.address))
+        yield worker
+        worker.close()
 
 
-@pytest.mark.parametrize("peer", pull.PEERS, ids=lambda peer: peer.name)
-def test_every_way_to_pull_brings_the_current_weights(peer: type[Zps], tmp_path: Path) -> None:
-    with team(peer, 1, 5000, 3, tmp_path) as members:
-        for rounds in (1, 2):
-            members.run(1)
-            harness.check(members, problem.reference(1, 5000, 3, rounds), rounds)
+def test_an_echo_is_what_was_sent_in_this_round(tmp_path: Path) -> None:
+    with seated(Echo, 10, tmp_path) as worker:
+        for number in range(2):
+            worker.prepare(number)
+            worker.round()
+            assert np.array_equal(worker.weights(), Echo.answer(number + 1))
+            assert not np.array_equal(worker.weights(), Echo.answer(number))
+
+
+@pytest.mark.parametrize("peer", [*pull.PEERS, Hubs2], ids=lambda peer: peer.name)
+def test_after_every_round_a_participant_holds_the_current_weights(
+    peer: type[Peer], tmp_path: Path
+) -> None:
+    with seated(peer, 5000, tmp_path) as worker:
+        for number in range(2):
+            worker.prepare(number)
+            worker.round()
+            expected = problem.reference(1, 5000, 3, number + 1)
+            np.testing.assert_allclose(worker.weights(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_growth_is_told_for_each_point_beside_the_smallest(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    points = [Point(1000, 1, 1), Point(20_000, 1, 2, Hubs2)]
-    run = scale.measure(points, read(quick=True), Out())
-    scale.tell("parameters", points, run, Out())
+    points = [Point(1000, 2, 1), Point(20_000, 2, 2, Hubs2)]
+    names = [point.name for point in points]
+    measured = {name: Measured([np.full(3, 50.0)] * 2, {}) for name in names}
+    measured[names[1]] = Measured([np.full(3, 1500.0)] * 2, {})
+    scale.tell("parameters", points, Run(measured, 1.0, 0.0), Out())
     (record,) = records_of(capsys)
     first, second = record["points"]
     assert (first["relative"], first["hubs"], second["hubs"]) == (1.0, 1, 2)
-    assert second["relative"] == pytest.approx(
-        second["p50_us"] / first["p50_us"] / 20, rel=0.05, abs=0.01
-    )
+    assert (second["relative"], record["off_linear"]) == (1.5, 0.5)
 
 
 def test_growth_counts_from_two_workers_on() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from bench import soak
 from bench.out import Out
 from bench.peers import problem
 from bench.peers.base import BenchError
+from bench.peers.problem import Array
 from bench.peers.zps_round import Zps
 from bench.soak import Look, judge
 
@@ -94,8 +97,13 @@ def test_a_moment_of_it_ends_with_a_verdict(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_wrong_weights_at_the_end_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    if reason := Zps.available():
-        pytest.skip(reason)
-    monkeypatch.setattr(soak, "expected_after", lambda *_: np.full(10, 9.0, np.float32))
-    with pytest.raises(BenchError, match="wrong weights after"):
+    class Wrong:
+        peer = Zps
+
+        def weights(self) -> Iterator[tuple[int, Array]]:
+            yield 0, np.full(10, 9.0, np.float32)
+
+    monkeypatch.setattr(soak.teams_of, "team", lambda *_: nullcontext(Wrong()))
+    monkeypatch.setattr(soak, "watch", lambda *_: looks())
+    with pytest.raises(BenchError, match="worker 0 has wrong weights after 390 rounds"):
         soak.soak(10, 1, 0.01, seed=3, out=Out())

@@ -183,6 +183,7 @@ def test_the_command_prints_bytes_time_and_what_it_skipped(
 ) -> None:
     skip_unless_possible()
     monkeypatch.setattr(harness, "QUICK", harness.Plan(cycles=2, block_s=0.01))
+    monkeypatch.setattr(wire, "PEERS", (Remote, RemoteInt8))
     kept = tmp_path / "lines.json"
     arguments = ["--size", "100K", "--cases", "link", "--quick", "--json", str(kept)]
     result = CliRunner().invoke(wire.app, arguments)

@@ -31,6 +31,8 @@ def test_an_installed_zps_runs_what_was_installed_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suites, "find_spec", lambda name: name)
+    (tmp_path / "bench").mkdir()  # somebody else's package, beside this one
+    (tmp_path / "bench" / "__main__.py").touch()
     argv, environ = suites.command(["--list"], root=tmp_path, environ={"HOME": "/"})
     assert argv == [sys.executable, "-m", "zps.bench", "--list"]
     assert environ == {"HOME": "/"}
