@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
@@ -54,6 +54,9 @@ class BuildCore(build_ext):
 
 
 setup(
+    # The suites of `zps bench` are beside the package here, and within it where it is installed.
+    packages=[*find_packages(include=["zps*"]), "zps.bench", "zps.bench.peers"],
+    package_dir={"zps.bench": "bench"},
     ext_modules=[
         Extension(
             "zps._core",

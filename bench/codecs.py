@@ -17,10 +17,7 @@ topk is also compared with torch.topk(|gradient|, k), on one thread.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,10 +29,15 @@ import typer
 from numpy.typing import NDArray
 from rich.table import Table
 
-from bench.kernels import Timing, anonymous, take_turns
-from bench.report import JsonFile, Quick, console, facts
 from zps import native
 from zps.optim.registry import rule
+
+from . import suites
+from .kernels import Timing, anonymous, require_memory, take_turns, turns_ratio
+from .options import Options, read
+from .out import Out, Record
+from .peers.base import cores
+from .report import JsonFile, Quick, facts
 
 Floats = NDArray[np.float32]
 FLOAT32 = native.DTYPE["float32"]
@@ -43,6 +45,10 @@ PIECE = 1 << 20
 UNIT = 512  # elements that the stream kernel takes together
 GOAL = 0.8
 TOPK_GOAL = 5.0
+CONTRIBUTORS = (1, 2, 4)
+_ELEMENTS, _QUICK_ELEMENTS = 25_000_000, 4 * PIECE  # at most, in a quick run
+_REPEATS, _QUICK_REPEATS = 15, 3
+_STREAMS = 12  # five of the memory, four slots, topk's copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +116,7 @@ class Result:
     def ratio(self) -> float:
         return median(t.wall_s for t in self.peer) / median(t.wall_s for t in self.kernel)
 
-    def record(self) -> dict[str, object]:
+    def record(self) -> Record:
         walls = [t.wall_s * 1e6 for t in self.kernel]
         seconds = median(t.wall_s for t in self.kernel)
         return {
@@ -126,7 +132,7 @@ class Result:
             "p99_us": round(float(np.percentile(walls, 99)), 1),
             "gbps": round(self.moved_bytes / seconds / 1e9, 2),
             "peer": self.peer_name,
-            "ratio": round(self.ratio, 3),
+            **turns_ratio(self.peer, self.kernel).record(),
             "goal": self.goal,
             "met": self.ratio >= self.goal,
         }
@@ -277,7 +283,9 @@ def run_topk(memory: Memory, exact: bool, repeats: int) -> Result:
     )
 
 
-def results(n: int, repeats: int, threads: int) -> Iterator[Result]:
+def results(
+    n: int, repeats: int, threads: int, counts: tuple[int, ...] = CONTRIBUTORS
+) -> Iterator[Result]:
     memory = Memory(n)
     for subject in (*SUBJECTS, *STOCHASTIC):
         yield Bucket(subject, memory).run_encode(repeats)
@@ -286,7 +294,7 @@ def results(n: int, repeats: int, threads: int) -> Iterator[Result]:
     for subject in SUBJECTS:
         bucket = Bucket(subject, memory)
         for what in ("reduce", "apply"):
-            for contributors in (1, 2, 4):
+            for contributors in counts:
                 yield bucket.run_decode(what, contributors, repeats, threads)
 
 
@@ -312,33 +320,45 @@ def table(done: list[Result]) -> Table:
     return shown
 
 
+def prepare(options: Options, repeats: int | None = None, threads: int | None = None) -> suites.Job:
+    """All codecs at each size; `reduce` and `apply` with each number of contributors."""
+    sizes = options.sizes or (options.by_level(PIECE, _ELEMENTS, _ELEMENTS),)
+    if options.level is options.level.QUICK:
+        sizes = tuple(min(size, _QUICK_ELEMENTS) for size in sizes)
+    counts = options.workers or CONTRIBUTORS
+    turns = repeats or options.by_level(_QUICK_REPEATS, _REPEATS, _REPEATS)
+    threads = threads or cores()
+    for size in sizes:
+        require_memory(size, _STREAMS + max(counts))
+
+    def job(out: Out) -> None:
+        origin = {"isa": native.isa(), **facts()}
+        for size in sizes:
+            n = max(1, size // 4096) * 4096
+            done = []
+            steps = len(SUBJECTS) * (1 + 2 * len(counts)) + len(STOCHASTIC) + 2
+            with out.progress(steps) as tick:
+                for result in results(n, turns, threads, counts):
+                    tick(f"{result.what} {result.subject.name}")
+                    out.record({**result.record(), **origin})
+                    done.append(result)
+            out.show(table(done))
+
+    return job
+
+
 def main(
-    elements: Annotated[str, typer.Option(help="as 25M or 300K")] = "25M",
-    repeats: Annotated[int, typer.Option(min=1, help="turns of A B B A")] = 15,
+    elements: Annotated[str | None, typer.Option(help="as 25M or 300K; default: 25M")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="turns of A B B A")] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="of reduce and apply; default: all cores")
     ] = None,
     quick: Quick = False,
     json_file: JsonFile = None,
 ) -> None:
-    scale = {"K": 1_000, "M": 1_000_000}.get(elements[-1].upper(), 1)
-    n = max(1, int(float(elements.rstrip("kKmM")) * scale) // 4096) * 4096
-    if quick:
-        n, repeats = min(n, 4 * PIECE), min(repeats, 3)
-    threads = threads or len(os.sched_getaffinity(0))
-    origin = {"isa": native.isa(), **facts()}
-    done = []
-    began = time.perf_counter()
-    for result in results(n, repeats, threads):
-        line = json.dumps({**result.record(), **origin})
-        print(line, flush=True)
-        if json_file is not None:
-            with json_file.open("a") as file:
-                file.write(line + "\n")
-        done.append(result)
-    shown = console()
-    shown.print(table(done))
-    shown.print(f"{time.perf_counter() - began:.0f} s")
+    """Compare every codec with a stream of the same memory."""
+    with suites.alone("bench.codecs", json_file) as out:
+        prepare(read(quick=quick, sizes=elements), repeats, threads)(out)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.peers.base import BenchError
-from bench.peers.zps_round import free_port, start_hub
+from .peers.base import BenchError
+from .peers.zps_round import free_port, start_hub
 
 if TYPE_CHECKING:
     import zps

@@ -8,22 +8,22 @@ rounds timed one after another are not independent.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from bench.peers import team as teams_of
-from bench.peers.base import BenchError, Peer, cores
-from bench.peers.problem import Array
-from bench.peers.team import Block, Samples, Team
+from .naming import nearest
+from .peers import team as teams_of
+from .peers.base import BenchError, Peer, cores
+from .peers.problem import Array
+from .peers.team import Block, Cpu, Samples, Team
 
 PROCESS_BYTES = 250 << 20  # an interpreter with torch
 WORKER_THREADS = 1
@@ -59,20 +59,20 @@ def plan(quick: bool, cycles: int | None, calm: float | None) -> Plan:
     return base if calm is None else replace(base, calm=calm, patience_s=_PATIENCE_S)
 
 
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    value: float
-    low: float
-    high: float
-
-
 @dataclass(slots=True)
 class Measured:
-    """One participant's rounds in microseconds, by cycle, and how many began late."""
+    """One participant's rounds in microseconds, by cycle, and how many began late.
+
+    threads    "worker" and "server": those that compute, of each process; "total": all there are
+    restarts   how many of the cycles, in order, were measured by each start of the processes
+    cpu        processor time of each block
+    """
 
     cycles: list[Samples]
     threads: dict[str, int]
     late: int = 0
+    restarts: list[int] = field(default_factory=list)
+    cpu: list[Cpu] = field(default_factory=list)
 
     @property
     def samples(self) -> Samples:
@@ -80,6 +80,17 @@ class Measured:
 
     def p(self, percent: float) -> float:
         return float(np.percentile(self.samples, percent))
+
+    @property
+    def cpu_us(self) -> dict[str, float]:
+        """Processor time (user and system) a round: of all workers, and of the server."""
+        if not self.cpu:
+            return {}
+        workers, server = (
+            float(np.median([getattr(part, name) for part in self.cpu]))
+            for name in ("workers_us", "server_us")
+        )
+        return {"workers": workers, "server": server, "total": workers + server}
 
 
 # --- what to run ---------------------------------------------------------------------------------
@@ -108,9 +119,7 @@ def choose(names: str | None, known: Iterable[type[Peer]]) -> tuple[list[type[Pe
     wanted = [name.strip() for name in names.split(",")] if names else list(table)
     for name in wanted:
         if name not in table:
-            near = difflib.get_close_matches(name, table, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise BenchError(f"unknown peer {name!r}{hint}: choose from {', '.join(table)}")
+            raise nearest(name, table, "peer")
     missing = {name: reason for name in wanted if (reason := table[name].available())}
     if names and missing:
         raise BenchError("; ".join(f"peer {name}: {reason}" for name, reason in missing.items()))
@@ -161,25 +170,90 @@ def human(size: int) -> str:
     """25000000 → 25 M."""
     for unit in ("G", "M", "K"):
         if size >= _UNITS[unit]:
-            return f"{size / _UNITS[unit]:g} {unit}"
+            return f"{size / _UNITS[unit]:.4g} {unit}"
     return str(size)
 
 
 # --- measuring -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One participant of a run: what it is called there, and what each of its workers is given."""
+
+    name: str
+    peer: type[Peer]
+    world: int
+    size: int
+
+
+def entries(peers: Iterable[type[Peer]], world: int, size: int) -> list[Entry]:
+    """All of these at one size, called by their own names."""
+    return [Entry(peer.name, peer, world, size) for peer in peers]
+
+
 @contextmanager
 def all_teams(
-    peers: Iterable[type[Peer]], world: int, size: int, seed: int, tick: Callable[[str], None]
+    entered: Iterable[Entry], seed: int, tick: Callable[[str], None]
 ) -> Iterator[dict[str, Team]]:
     """The teams of all participants, every process of which lives until the `with` block ends."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="bench-")))
         teams = {}
-        for peer in peers:
-            tick(f"start {peer.name}")
-            teams[peer.name] = stack.enter_context(teams_of.team(peer, world, size, seed, folder))
+        for number, entry in enumerate(entered):
+            tick(f"start {entry.name}")
+            own = folder / str(number)
+            own.mkdir()
+            teams[entry.name] = stack.enter_context(
+                teams_of.team(entry.peer, entry.world, entry.size, seed, own)
+            )
         yield teams
+
+
+def compare(
+    entered: Sequence[Entry],
+    plan: Plan,
+    restarts: int,
+    seed: int,
+    tick: Callable[[str], None],
+    check: Callable[[Mapping[str, Team]], None],
+    sharing: Callable[[Mapping[str, Team]], Iterable[Team]] = lambda teams: teams.values(),
+) -> Run:
+    """Checks and measures all participants, with new processes for each restart.
+
+    check    called with teams that have run no round yet; raises BenchError for a wrong result
+    sharing  the teams whose workers must hold the same bits after all rounds
+    """
+    runs = []
+    for _ in range(restarts):
+        with all_teams(entered, seed, tick) as teams:
+            tick("check")
+            check(teams)
+            runs.append(measure(teams, plan, tick))
+            for team in sharing(teams):
+                check_agreement(team)
+    return merged(runs)
+
+
+def ticks(participants: int, plan: Plan, restarts: int) -> int:
+    """How often `compare` calls its `tick`."""
+    return restarts * (participants * (2 + plan.blocks) + 1)
+
+
+def merged(runs: Sequence[Run]) -> Run:
+    """The runs of several restarts as one."""
+    found: dict[str, Measured] = {}
+    for name, first in runs[0].measured.items():
+        parts = [run.measured[name] for run in runs]
+        found[name] = Measured(
+            cycles=[cycle for part in parts for cycle in part.cycles],
+            threads=first.threads,
+            late=sum(part.late for part in parts),
+            restarts=[len(part.cycles) for part in parts],
+            cpu=[cpu for part in parts for cpu in part.cpu],
+        )
+    starts = [run.start_us for run in runs]
+    return Run(found, float(np.median(starts)), float(np.mean([run.other_cpu for run in runs])))
 
 
 def mirrored(names: Sequence[str]) -> list[str]:
@@ -208,7 +282,7 @@ def measure(teams: Mapping[str, Team], plan: Plan, tick: Callable[[str], None]) 
     """Times all teams in turns; `tick` hears of each block."""
     rounds, start_us = _warm_up(teams, plan, tick)
     found = {
-        name: Measured([], {"worker": WORKER_THREADS, "server": team.server.threads})
+        name: Measured([], {**team.threads(), "worker": WORKER_THREADS})
         for name, team in teams.items()
     }
     shares: list[float] = []
@@ -220,6 +294,7 @@ def measure(teams: Mapping[str, Team], plan: Plan, tick: Callable[[str], None]) 
             block, share = timed_block(teams[name], rounds[name], plan.calm, until)
             blocks[name].append(block.samples)
             found[name].late += block.late
+            found[name].cpu.append(block.cpu)
             shares.append(share)
         merged = {name: np.concatenate(parts) for name, parts in blocks.items()}
         if all(part.size for part in merged.values()):
@@ -312,36 +387,6 @@ def check_agreement(team: Team) -> None:
     with team.awake():
         if team.peer.same_bits and len(set(team.digests())) > 1:
             raise BenchError(f"{team.peer.name}: after all rounds its workers hold other weights")
-
-
-# --- statistics ----------------------------------------------------------------------------------
-
-
-def ratio_of_medians(
-    above: Sequence[Samples],
-    below: Sequence[Samples],
-    *,
-    level: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
-) -> Ratio:
-    """median(above) / median(below) with its percentile-bootstrap interval.
-
-    above, below   the samples of each cycle; cycle i of both was measured together, and the
-                   bootstrap draws whole cycles so that pairs stay pairs.
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, section 13.3.
-    """
-    generator = np.random.default_rng(seed)
-    picks = generator.integers(len(above), size=(draws, len(above)))
-    ratios = [
-        np.median(np.concatenate([above[i] for i in pick]))
-        / np.median(np.concatenate([below[i] for i in pick]))
-        for pick in picks
-    ]
-    tail = 50 * (1 - level)
-    low, high = np.percentile(ratios, [tail, 100 - tail])
-    value = np.median(np.concatenate(above)) / np.median(np.concatenate(below))
-    return Ratio(float(value), float(low), float(high))
 
 
 def _busy_s() -> float:

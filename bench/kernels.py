@@ -1,6 +1,6 @@
 """How near is the fused apply to what this machine's memory can do?
 
-    python -m bench.kernels [--elements 25M] [--repeats 15] [--threads N]
+    python -m bench.kernels [--elements 25M] [--repeats 15] [--threads N] [--quick] [--json FILE]
 
 Each case is first checked against NumPy. Then the kernel and a stream kernel (the same streams of
 the same memory, read, added and written back: see csrc/stream.inc.h) take turns, A B B A. A ratio
@@ -15,7 +15,6 @@ state in anonymous huge pages. "huge" is anonymous huge pages throughout.
 from __future__ import annotations
 
 import ctypes
-import json
 import mmap
 import os
 import time
@@ -29,14 +28,24 @@ import typer
 from numpy.typing import NDArray
 from rich.table import Table
 
-from bench.report import console, facts
 from zps import native
 from zps.optim.registry import rule
+
+from . import harness, suites
+from .options import Options, read
+from .out import Out, Record
+from .peers.base import BenchError, cores
+from .report import JsonFile, Quick, facts
+from .stats import Ratio, ratio_of_medians
 
 Floats = NDArray[np.float32]
 RULES = {"sgd": {"lr": 1e-3, "momentum": 0.9}, "adam": {"lr": 1e-3}}
 BLOCKS = (16, 32, 64, 128)
 GOAL = 0.85
+CONTRIBUTORS = (1, 2, 4)
+_ELEMENTS, _QUICK_ELEMENTS = 25_000_000, 4_000_000
+_REPEATS, _QUICK_REPEATS = 15, 3
+_STREAMS = 4  # beside the slots: weights, two states, what encoding reads
 
 
 def anonymous(n: int) -> Floats:
@@ -85,6 +94,12 @@ def take_turns(
     return a, b
 
 
+def turns_ratio(above: list[Timing], below: list[Timing]) -> Ratio:
+    """Of the median times of what took turns; a turn is what the interval draws."""
+    a, b = (list(np.array([t.wall_s for t in times]).reshape(-1, 2)) for times in (above, below))
+    return ratio_of_medians(a, b)
+
+
 @dataclass(slots=True)
 class Result:
     case: str
@@ -103,7 +118,7 @@ class Result:
     def gbps(self, times: list[Timing]) -> float:
         return self.moved_bytes / median(t.wall_s for t in times) / 1e9
 
-    def record(self) -> dict[str, object]:
+    def record(self) -> Record:
         walls = [t.wall_s * 1e6 for t in self.kernel]
         return {
             "bench": "kernels",
@@ -117,7 +132,7 @@ class Result:
             "gbps": round(self.gbps(self.kernel), 2),
             "stream_gbps": round(self.gbps(self.stream), 2),
             "stream_shape": self.shape,
-            "ratio": round(self.ratio("wall_s"), 3),
+            **turns_ratio(self.stream, self.kernel).record(),
             "cpu_ratio": round(self.ratio("cpu_s"), 3),
             "goal": GOAL,
             "met": self.ratio("wall_s") >= GOAL,
@@ -217,11 +232,13 @@ def run_encode(memory: str, n: int, repeats: int) -> Result:
     return Result("encode", memory, 1, n, 8 * n, "memcpy", kernel, stream)
 
 
-def results(n: int, repeats: int, threads: int) -> Iterator[Result]:
+def results(
+    n: int, repeats: int, threads: int, counts: tuple[int, ...] = CONTRIBUTORS
+) -> Iterator[Result]:
     pool = native.Pool(threads)
     for memory in ("engine", "huge"):
         for name in RULES:
-            for contributors in (1, 2, 4):
+            for contributors in counts:
                 yield ApplyCase(name, contributors, memory, n, pool).run(repeats)
         yield run_encode(memory, n, repeats)
 
@@ -248,20 +265,50 @@ def table(done: list[Result]) -> Table:
     return shown
 
 
+def prepare(options: Options, repeats: int | None = None, threads: int | None = None) -> suites.Job:
+    """All kernels at each size; as many contributors as `options.workers` says."""
+    sizes = options.sizes or (options.by_level(_QUICK_ELEMENTS, _ELEMENTS, _ELEMENTS),)
+    counts = options.workers or options.by_level((1, 2), CONTRIBUTORS, (1, 2, 4, 8, 16))
+    turns = repeats or options.by_level(_QUICK_REPEATS, _REPEATS, 2 * _REPEATS)
+    threads = threads or cores()
+    for size in sizes:
+        require_memory(size, max(counts) + _STREAMS)
+
+    def job(out: Out) -> None:
+        origin = {"isa": native.isa(), "threads": threads, **facts()}
+        for size in sizes:
+            n = max(1, size // 128) * 128
+            done = []
+            with out.progress(2 * (len(RULES) * len(counts) + 1)) as tick:
+                for result in results(n, turns, threads, counts):
+                    tick(result.case)
+                    out.record({**result.record(), **origin})
+                    done.append(result)
+            out.show(table(done))
+
+    return job
+
+
+def require_memory(elements: int, streams: int) -> None:
+    """Raises BenchError when so many float32 streams of this length do not fit into memory."""
+    need, have = 4 * elements * streams, harness.available_bytes()
+    if need > have:
+        raise BenchError(
+            f"size {harness.human(elements)} needs about {need / 2**30:.1f} GiB, "
+            f"{have / 2**30:.1f} GiB are free: choose a smaller size"
+        )
+
+
 def main(
-    elements: Annotated[str, typer.Option(help="as 25M or 300K")] = "25M",
-    repeats: Annotated[int, typer.Option(min=1, help="turns of A B B A")] = 15,
+    elements: Annotated[str | None, typer.Option(help="as 25M or 300K; default: 25M")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="turns of A B B A")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="default: all cores")] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
-    scale = {"K": 1_000, "M": 1_000_000}.get(elements[-1].upper(), 1)
-    n = int(float(elements.rstrip("kKmM")) * scale) // 128 * 128
-    threads = threads or len(os.sched_getaffinity(0))
-    origin = {"isa": native.isa(), "threads": threads, **facts()}
-    done = []
-    for result in results(n, repeats, threads):
-        print(json.dumps({**result.record(), **origin}), flush=True)
-        done.append(result)
-    console().print(table(done))
+    """Compare the fused kernels with a stream of the same memory."""
+    with suites.alone("bench.kernels", json_file) as out:
+        prepare(read(quick=quick, sizes=elements), repeats, threads)(out)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.peers.base import BenchError
+from .peers.base import BenchError
 
 __all__ = ["Counters", "Host", "bandwidth", "network", "sweep", "unavailable"]
 

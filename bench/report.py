@@ -1,29 +1,28 @@
-"""How figures are told: a table for people, a JSON line for each subject, and their origin."""
+"""How a comparison is told: a table for people, a record for each subject, and their origin."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from bench.harness import Measured, Ratio, Run, human, ratio_of_medians
-from bench.peers.base import BenchError, cores
+from . import goals
+from .harness import Measured, Run, human
+from .out import Out, Record
+from .peers.base import cores
+from .stats import PERCENTILES, Ratio, ratio_of_medians
 
 # The options that all comparisons share.
-Workers = Annotated[int, typer.Option("-n", "--workers", min=1, max=64)]
+Workers = Annotated[str, typer.Option("-n", "--workers", help="as 2, or 2,4 one by one")]
+Restarts = Annotated[int | None, typer.Option("--restarts", min=1, help="of every process")]
 Peers = Annotated[str | None, typer.Option("--peers", help="comma-separated; default: all")]
 Quick = Annotated[bool, typer.Option("--quick", help="fewer and shorter blocks")]
 Cycles = Annotated[int | None, typer.Option("--cycles", min=2, help="mirrored cycles")]
@@ -40,19 +39,6 @@ Seed = Annotated[int, typer.Option("--seed", min=0)]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="add the JSON lines to this file")]
 
 
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """`peer` takes at least `at_least` times as long as `subject`, at these sizes (empty: all)."""
-
-    subject: str
-    peer: str
-    at_least: float
-    sizes: tuple[int, ...] = ()
-
-    def covers(self, subject: str, peer: str, size: int) -> bool:
-        return (subject, peer) == (self.subject, self.peer) and size in (self.sizes or (size,))
-
-
 @dataclass(slots=True)
 class Case:
     """All participants at one size, measured in one run."""
@@ -62,8 +48,8 @@ class Case:
     payload_bytes: int
     world: int
     run: Run
-    goals: Sequence[Goal] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    _ratios: dict[tuple[str, str], Ratio] = field(default_factory=dict)
 
     @property
     def subjects(self) -> list[str]:
@@ -72,11 +58,18 @@ class Case:
         return [name for name in names if name.startswith("zps")] or names[:1]
 
     def goal(self, subject: str, peer: str) -> float | None:
-        covers = (g.at_least for g in self.goals if g.covers(subject, peer, self.size))
-        return next(covers, None)
+        """The least ratio of the peer's time to the subject's that is aimed at."""
+        goal = goals.ratio_goal(self.bench, subject, peer, self.size, self.world)
+        return None if goal is None else goal.least
 
     def ratio(self, subject: str, peer: str) -> Ratio:
-        return ratio_of_medians(self.run.measured[peer].cycles, self.run.measured[subject].cycles)
+        """The peer's time over the subject's, worked out once."""
+        if (subject, peer) not in self._ratios:
+            above, below = self.run.measured[peer], self.run.measured[subject]
+            self._ratios[subject, peer] = ratio_of_medians(
+                above.cycles, below.cycles, restarts=below.restarts
+            )
+        return self._ratios[subject, peer]
 
 
 def facts() -> dict[str, Any]:
@@ -115,9 +108,9 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def lines(case: Case) -> list[str]:
-    """One JSON line for each subject of the case."""
-    return [json.dumps(_record(case, subject)) for subject in case.subjects]
+def records(case: Case) -> list[Record]:
+    """What is kept of the case: one record for each subject."""
+    return [_record(case, subject) for subject in case.subjects]
 
 
 def _record(case: Case, subject: str) -> dict[str, Any]:
@@ -126,9 +119,8 @@ def _record(case: Case, subject: str) -> dict[str, Any]:
         if name != subject:
             ratio, goal = case.ratio(subject, name), case.goal(subject, name)
             peers[name] = {
-                **_figures(case.run.measured[name]),
-                "ratio": round(ratio.value, 3),
-                "ratio_ci95": [round(ratio.low, 3), round(ratio.high, 3)],
+                **figures(case.run.measured[name]),
+                **ratio.record(),
                 **({"goal": round(goal, 3), "met": ratio.value >= goal} if goal else {}),
             }
     return {
@@ -137,15 +129,17 @@ def _record(case: Case, subject: str) -> dict[str, Any]:
         "size": case.size,
         "bytes": case.payload_bytes,
         "workers": case.world,
-        **_figures(case.run.measured[subject]),
+        **figures(case.run.measured[subject]),
         "peers": peers,
+        "restarts": len(case.run.measured[subject].restarts) or 1,
         "start_us": round(case.run.start_us, 1),
         "other_cpu": round(case.run.other_cpu, 3),
         **case.facts,
     }
 
 
-def _figures(measured: Measured) -> dict[str, Any]:
+def figures(measured: Measured) -> dict[str, Any]:
+    """What every record says of one participant."""
     return {
         "p10_us": round(measured.p(10), 1),
         "p50_us": round(measured.p(50), 1),
@@ -153,6 +147,8 @@ def _figures(measured: Measured) -> dict[str, Any]:
         "rounds": int(measured.samples.size),
         "late": measured.late,
         "threads": measured.threads,
+        "cpu_us": {name: round(value, 1) for name, value in measured.cpu_us.items()},
+        "quantiles_us": [round(measured.p(percent), 1) for percent in PERCENTILES],
     }
 
 
@@ -171,17 +167,20 @@ def table(case: Case) -> Table:
         "p99 ms",
         "rounds",
         "threads",
+        "cpu ms",
         *(f"÷ {s}" for s in case.subjects),
     ):
         shown.add_column(title, justify="right")
     for name, measured in case.run.measured.items():
-        threads = f"{measured.threads['worker']} + {measured.threads['server']}"
+        threads = f"{case.world} × {measured.threads['worker']} + {measured.threads['server']}"
+        cpu = measured.cpu_us.get("total", float("nan"))
         ratios = ("" if s == name else _cell(case, s, name) for s in case.subjects)
         shown.add_row(
             name,
             *(f"{measured.p(percent) / 1e3:.3f}" for percent in (10, 50, 99)),
             str(measured.samples.size),
             threads,
+            f"{cpu / 1e3:.3f}",
             *ratios,
         )
     return shown
@@ -196,44 +195,8 @@ def _cell(case: Case, subject: str, peer: str) -> str:
     return f"[{colour}]{text} goal {goal:.3g}[/{colour}]"
 
 
-def tell(case: Case, console: Console, json_file: Path | None) -> None:
-    """Prints the table on `console`, the JSON lines on stdout, and adds them to `json_file`."""
-    console.print(table(case))
-    for line in lines(case):
-        print(line, flush=True)
-        if json_file is not None:
-            with json_file.open("a") as file:
-                file.write(line + "\n")
-
-
-def console() -> Console:
-    """Where people read; stdout is left to the JSON lines."""
-    shown = Console(stderr=True)
-    if not shown.is_terminal:
-        shown.width = 120
-    return shown
-
-
-@contextmanager
-def complaints(console: Console, name: str) -> Iterator[None]:
-    """Tells a BenchError in one paragraph and ends the command with code 2."""
-    try:
-        yield
-    except BenchError as error:
-        console.print(f"{name}: {error}", style="red", highlight=False, markup=False)
-        raise typer.Exit(2) from None
-
-
-@contextmanager
-def progress(console: Console, steps: int) -> Iterator[Callable[[str], None]]:
-    """A function that says what comes next and moves a bar, drawn on a terminal only.
-
-    It draws only when called: a thread that refreshes would disturb what is measured.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    hidden = not console.is_terminal
-    with Progress(
-        *columns, console=console, auto_refresh=False, transient=True, disable=hidden
-    ) as bar:
-        task = bar.add_task("", total=steps)
-        yield lambda text: bar.update(task, advance=1, description=text, refresh=True)
+def tell(case: Case, out: Out) -> None:
+    """Shows the table and records the lines."""
+    out.show(table(case))
+    for record in records(case):
+        out.record(record)

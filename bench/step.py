@@ -8,82 +8,131 @@ worker may read the new weights. First every participant has to reach the weight
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from bench import harness, report
-from bench.peers import problem
-from bench.peers.base import Peer
-from bench.peers.gloo import Gloo
-from bench.peers.hivemind import Hivemind
-from bench.peers.kernel import Kernel
-from bench.peers.mpi import Mpi
-from bench.peers.ray_actor import RayActor
-from bench.peers.rpc import Rpc
-from bench.peers.zps_round import Zps, ZpsGrad, ZpsTcp
-from bench.report import Case, Goal
+from . import harness, report, suites
+from .options import Options, read
+from .out import Out
+from .peers import problem
+from .peers.base import BenchError, Peer
+from .peers.gloo import Gloo
+from .peers.hivemind import Hivemind
+from .peers.kernel import Kernel
+from .peers.mpi import Mpi
+from .peers.ray_actor import RayActor
+from .peers.rpc import Rpc
+from .peers.team import Team
+from .peers.zps_round import Zps, ZpsGrad, ZpsTcp
+from .report import Case
 
 PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, ZpsTcp, Kernel, Gloo, Mpi, Rpc, RayActor, Hivemind)
-GOALS = (
-    Goal("zps", "gloo", 5.0, (1_000_000, 25_000_000)),
-    Goal("zps-grad", "gloo", 2.5, (1_000_000, 25_000_000)),
-    Goal("zps-tcp", "gloo", 1.0, (25_000_000,)),
-    Goal("zps", "rpc", 20.0, (1_000_000, 25_000_000)),
-)
+QUICK_PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, Kernel, Gloo, Mpi)
+SIZES = (1_000, 1_000_000, 25_000_000)
+_QUICK_SIZES = (1_000_000,)
+_ALL_SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 25_000_000, 100_000_000)
 _CHECKED_ROUNDS = 5
 
 app = typer.Typer(add_completion=False)
 
 
+def prepare(options: Options) -> suites.Job:
+    """All sizes with all numbers of workers, one after the other.
+
+    What was asked for and does not fit into memory is an error; what the suite itself would choose
+    is then measured with fewer participants, the hungriest left out first, or not at all.
+    """
+    peers, notes = suites.participants(options, PEERS, QUICK_PEERS)
+    sizes = options.sizes or options.by_level(_QUICK_SIZES, SIZES, _ALL_SIZES)
+    worlds = options.workers or options.by_level((2,), (2, 4), (1, 2, 4, 8))
+    cases = []
+    for world in worlds:
+        for size in sizes:
+            fitting = peers
+            if options.sizes and (options.workers or world == worlds[0]):
+                harness.require_memory(peers, size, world, payload_bytes=4 * size)
+            else:
+                fitting, left_out = _fitting(peers, size, world)
+                notes += left_out
+            if fitting:
+                cases.append((fitting, size, world))
+
+    def job(out: Out) -> None:
+        for note in notes:
+            out.note(note)
+        for fitting, size, world in cases:
+            report.tell(measure_size(fitting, size, world, options, out), out)
+
+    return job
+
+
 def measure_size(
-    peers: list[type[Peer]], size: int, world: int, seed: int, plan: harness.Plan, console: Console
+    peers: list[type[Peer]], size: int, world: int, options: Options, out: Out
 ) -> Case:
     """All peers at one size: correctness first, then time."""
-    steps = len(peers) * (3 + plan.blocks)
-    with (
-        report.progress(console, steps) as tick,
-        harness.all_teams(peers, world, size, seed, tick) as teams,
-    ):
-        expected = problem.reference(world, size, seed, _CHECKED_ROUNDS)
-        for name, team in teams.items():
-            tick(f"check {name}")
-            with team.awake():
-                team.run(_CHECKED_ROUNDS)
-                harness.check(team, expected, _CHECKED_ROUNDS)
-        del expected
-        run = harness.measure(teams, plan, tick)
-        for team in teams.values():
-            harness.check_agreement(team)
-    facts = report.facts()
-    return Case("step", size, 4 * size, world, run, GOALS, facts)
+    plan, restarts = options.plan, options.restarts
+    with out.progress(harness.ticks(len(peers), plan, restarts)) as tick:
+        run = harness.compare(
+            harness.entries(peers, world, size),
+            *(plan, restarts, options.seed, tick),
+            check=lambda teams: check_weights(teams, world, size, options.seed),
+        )
+    return Case("step", size, 4 * size, world, run, report.facts())
+
+
+def check_weights(teams: Mapping[str, Team], world: int, size: int, seed: int) -> None:
+    """Runs the first rounds. Raises BenchError unless every worker holds NumPy's weights."""
+    expected = problem.reference(world, size, seed, _CHECKED_ROUNDS)
+    for team in teams.values():
+        with team.awake():
+            team.run(_CHECKED_ROUNDS)
+            harness.check(team, expected, _CHECKED_ROUNDS)
+
+
+def _fitting(peers: list[type[Peer]], size: int, world: int) -> tuple[list[type[Peer]], list[str]]:
+    """Those that fit into memory together, and a line about each that does not."""
+    kept, notes = list(peers), []
+    while kept:
+        try:
+            harness.require_memory(kept, size, world, payload_bytes=4 * size)
+            return kept, notes
+        except BenchError:
+            hungriest = max(kept, key=lambda peer: peer.memory_bytes(size, world))
+            kept.remove(hungriest)
+            notes.append(
+                f"{hungriest.name} is left out at {harness.human(size)} with {world} workers: "
+                "there is not enough memory"
+            )
+    return kept, notes
 
 
 @app.command()
 def main(
     sizes: Annotated[str, typer.Option(help="fp32 parameters: 1000, 1K, 25M, ...")] = "1K,1M,25M",
-    workers: report.Workers = 2,
+    workers: report.Workers = "2",
     peers: report.Peers = None,
     quick: report.Quick = False,
     cycles: report.Cycles = None,
+    restarts: report.Restarts = 1,
     calm: report.Calm = None,
     seed: report.Seed = 0,
     json_file: report.JsonFile = None,
 ) -> None:
     """Time one synchronous round of every participant side by side."""
-    console = report.console()
-    with report.complaints(console, "bench.step"):
-        wanted = harness.parse_sizes(sizes)
-        chosen, notes = harness.choose(peers, PEERS)
-        for size in wanted:
-            harness.require_memory(chosen, size, workers, payload_bytes=4 * size)
-        for note in notes:
-            console.print(note, style="yellow")
-        plan = harness.plan(quick, cycles, calm)
-        for size in wanted:
-            case = measure_size(chosen, size, workers, seed, plan, console)
-            report.tell(case, console, json_file)
+    with suites.alone("bench.step", json_file) as out:
+        options = read(
+            quick=quick,
+            cycles=cycles,
+            calm=calm,
+            restarts=restarts,
+            seed=seed,
+            sizes=sizes,
+            workers=workers,
+            peers=peers,
+        )
+        prepare(options)(out)
 
 
 if __name__ == "__main__":

@@ -12,21 +12,40 @@ from collections.abc import Mapping
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from bench import harness, report
-from bench.peers.base import Peer
-from bench.peers.team import Team
-from bench.peers.training import TrainDdp, TrainLocal, TrainZps, parameters
-from bench.report import Case, Goal
+from . import harness, report, suites
+from .options import Options, read
+from .out import Out
+from .peers.base import Peer
+from .peers.team import Team
+from .peers.training import TrainDdp, TrainLocal, TrainZps, parameters
+from .report import Case
 
 PEERS: tuple[type[Peer], ...] = (TrainZps, TrainDdp, TrainLocal)
-GOALS = (Goal("zps", "ddp", 1 / 0.65, (parameters(4096),)),)
+_QUICK_PEERS: tuple[type[Peer], ...] = (TrainZps, TrainDdp)
 _CHECKED_STEPS = 3
+_WIDTH, _QUICK_WIDTH = 4096, 512
 # Sums run in another order: a few ulp a step, and more where a ReLU is near its edge.
 _RTOL, _ATOL = 1e-4, 1e-6
 
 app = typer.Typer(add_completion=False)
+
+
+def prepare(options: Options, width: int | None = None) -> suites.Job:
+    """One model, with each number of workers. The sizes of `options` are not for this suite."""
+    chosen, notes = suites.participants(options, PEERS, PEERS if width else _QUICK_PEERS)
+    width = width or options.by_level(_QUICK_WIDTH, _WIDTH, _WIDTH)
+    worlds = options.workers or (2,)
+    for world in worlds:
+        harness.require_memory(chosen, width, world, payload_bytes=4 * parameters(width))
+
+    def job(out: Out) -> None:
+        for note in notes:
+            out.note(note)
+        for world in worlds:
+            report.tell(measure_width(chosen, width, world, options, out), out)
+
+    return job
 
 
 def check_weights(teams: Mapping[str, Team]) -> None:
@@ -47,44 +66,45 @@ def _sharing(teams: Mapping[str, Team]) -> list[Team]:
 
 
 def measure_width(
-    peers: list[type[Peer]], width: int, world: int, seed: int, plan: harness.Plan, console: Console
+    peers: list[type[Peer]], width: int, world: int, options: Options, out: Out
 ) -> Case:
     """All peers on a model of this width: correctness first, then time."""
-    steps = len(peers) * (2 + plan.blocks) + 1
-    with (
-        report.progress(console, steps) as tick,
-        harness.all_teams(peers, world, width, seed, tick) as teams,
-    ):
-        tick("check")
-        check_weights(teams)
-        run = harness.measure(teams, plan, tick)
-        for team in _sharing(teams):
-            harness.check_agreement(team)
-    size, facts = parameters(width), report.facts()
-    return Case("train", size, 4 * size, world, run, GOALS, facts)
+    plan, restarts = options.plan, options.restarts
+    with out.progress(harness.ticks(len(peers), plan, restarts)) as tick:
+        run = harness.compare(
+            harness.entries(peers, world, width),
+            *(plan, restarts, options.seed, tick),
+            check=check_weights,
+            sharing=_sharing,
+        )
+    size = parameters(width)
+    return Case("train", size, 4 * size, world, run, report.facts())
 
 
 @app.command()
 def main(
-    width: Annotated[int, typer.Option(min=1, help="of the two hidden layers")] = 4096,
-    workers: report.Workers = 2,
+    width: Annotated[int | None, typer.Option(min=1, help="of the two hidden layers")] = None,
+    workers: report.Workers = "2",
     peers: report.Peers = None,
     quick: report.Quick = False,
     cycles: report.Cycles = None,
+    restarts: report.Restarts = 1,
     calm: report.Calm = None,
     seed: report.Seed = 0,
     json_file: report.JsonFile = None,
 ) -> None:
     """Time one training step of zps, DDP and local training side by side."""
-    console = report.console()
-    with report.complaints(console, "bench.train"):
-        chosen, notes = harness.choose(peers, PEERS)
-        harness.require_memory(chosen, width, workers, payload_bytes=4 * parameters(width))
-        for note in notes:
-            console.print(note, style="yellow")
-        plan = harness.plan(quick, cycles, calm)
-        case = measure_width(chosen, width, workers, seed, plan, console)
-        report.tell(case, console, json_file)
+    with suites.alone("bench.train", json_file) as out:
+        options = read(
+            quick=quick,
+            cycles=cycles,
+            calm=calm,
+            restarts=restarts,
+            seed=seed,
+            workers=workers,
+            peers=peers,
+        )
+        prepare(options, width or _WIDTH)(out)
 
 
 if __name__ == "__main__":

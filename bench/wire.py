@@ -11,62 +11,63 @@ would. `memory`: what a hub holds when eight workers push and one is late.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from bench import footprint, harness, netns, report
-from bench.netns import Counters, Host
-from bench.peers import encoded, remote
-from bench.peers import team as teams_of
-from bench.peers.base import BenchError
-from bench.peers.problem import Array
-from bench.peers.remote import Remote, RemoteFp16, RemoteInt8, RemoteOnebit, Unsupported
-from bench.peers.team import Team
-from bench.peers.zps_round import Zps
-from bench.report import Case, Goal
+from . import footprint, harness, netns, report, suites
+from .netns import Counters, Host
+from .options import Level, Options, read
+from .out import Out, Record
+from .peers import encoded, remote
+from .peers import team as teams_of
+from .peers.base import BenchError
+from .peers.problem import Array
+from .peers.remote import Remote, RemoteFp16, RemoteInt8, RemoteOnebit, Unsupported
+from .peers.team import Team
+from .peers.zps_round import Zps
+from .report import Case
 
 PEERS: tuple[type[Remote], ...] = (Remote, RemoteInt8, RemoteOnebit, RemoteFp16)
+_QUICK_PEERS: tuple[type[Remote], ...] = (Remote, RemoteInt8)
 CASES = ("link", "node", "memory")
-GOALS = (
-    Goal("zps-int8", "none", 3.5, (25_000_000,)),
-    Goal("zps-onebit-int8", "none", 5.0, (25_000_000,)),
-)
 SHARE_GOAL = 0.9  # of the cable's bandwidth, as a plain TCP connection reaches it
 BYTES_RTOL = 0.02
 _CHECKED_ROUNDS = 5
 _COUNTED_ROUNDS = 3
 _NODE_WORKERS = 4
-_MEMORY_WORKERS, _MEMORY_BYTES = 8, 100_000_000
+_QUICK_CASES = "link,memory"
+_MEMORY_WORKERS, _MEMORY_BYTES, _QUICK_MEMORY_BYTES = 8, 100_000_000, 16 << 20
+_SIZE, _QUICK_SIZE = 25_000_000, 1_000_000
 
 app = typer.Typer(add_completion=False)
 
 Tick = Callable[[str], None]
+Peers = Sequence[type[Remote]]
 
 
 # --- link: bytes and time ------------------------------------------------------------------------
 
 
 def measure_link(
-    size: int, rate: str, seed: int, plan: harness.Plan, console: Console
+    peers: Peers, size: int, rate: str, options: Options, out: Out
 ) -> tuple[Case, dict[str, str]]:
     """All codecs at one size: results first, then bytes, then time.
 
     Returns the case, and why each participant that is not in it was left out.
     """
+    plan, seed = options.plan, options.seed
     with ExitStack() as stack:
-        steps = len(PEERS) * (5 + plan.blocks) + 2
-        tick = stack.enter_context(report.progress(console, steps))
+        steps = len(peers) * (5 + plan.blocks) + 2
+        tick = stack.enter_context(out.progress(steps))
         hub, workers = stack.enter_context(netns.network(rate))
-        teams, skipped = _seat(stack, hub, workers, size, seed, tick)
+        teams, skipped = _seat(stack, peers, hub, workers, size, seed, tick)
         for name, team in teams.items():
             tick(f"check {name}")
             check_weights(team, size, seed, _expected_digest(name, size, seed))
@@ -85,15 +86,15 @@ def measure_link(
         "met": share >= SHARE_GOAL,
     }
     facts = {"wire": wire, "link": link, "skipped": skipped, **report.facts()}
-    return Case("wire", size, 4 * size, 1, run, GOALS, facts), skipped
+    return Case("wire", size, 4 * size, 1, run, facts), skipped
 
 
 def _seat(
-    stack: ExitStack, hub: Host, workers: Host, size: int, seed: int, tick: Tick
+    stack: ExitStack, peers: Peers, hub: Host, workers: Host, size: int, seed: int, tick: Tick
 ) -> tuple[dict[str, Team], dict[str, str]]:
     teams: dict[str, Team] = {}
     skipped: dict[str, str] = {}
-    for peer in PEERS:
+    for peer in peers:
         tick(f"start {peer.name}")
         try:
             team = stack.enter_context(remote.remote_team(peer, hub, workers, size, seed))
@@ -172,36 +173,35 @@ def _compared(counted: int, packets: int, formula: int) -> dict[str, Any]:
     return {"bytes": round(per_round), "formula": round(expected), "off": round(off, 5)}
 
 
-def tell_link(case: Case, skipped: dict[str, str], console: Console, file: Path | None) -> None:
+def tell_link(case: Case, skipped: dict[str, str], out: Out) -> None:
     """The table and the lines of the case, and what they do not show."""
-    report.tell(case, console, file)
+    report.tell(case, out)
     for name, ways in case.facts["wire"].items():
         told = ", ".join(
             f"{ways[way]['bytes'] / 1e6:.2f} MB {text} (formula {ways[way]['off']:+.2%})"
             for way, text in (("to_hub", "to the hub"), ("from_hub", "back"))
         )
-        console.print(f"{name}: {told}", highlight=False)
+        out.show(f"{name}: {told}")
     link = case.facts["link"]
     colour = "green" if link["met"] else "red"
-    console.print(
+    out.show(
         f"none: [{colour}]{link['share']:.1%}[/{colour}] (goal {SHARE_GOAL:.0%}) of the "
-        f"{link['plain_tcp_bytes_per_s'] * 8 / 1e6:.0f} Mb/s that plain TCP reaches",
-        highlight=False,
+        f"{link['plain_tcp_bytes_per_s'] * 8 / 1e6:.0f} Mb/s that plain TCP reaches"
     )
     for name, reason in skipped.items():
-        _skip(name, reason, console)
+        _skip(name, reason, out)
 
 
 # --- node: several workers, one journey ----------------------------------------------------------
 
 
-def measure_node(size: int, rate: str, seed: int, console: Console) -> dict[str, Any]:
+def measure_node(size: int, rate: str, seed: int, out: Out) -> dict[str, Any]:
     """Bytes a round between a node of four workers and its hub, beside those of one worker.
 
     Raises BenchError when they are more than BYTES_RTOL apart.
     """
     with (
-        report.progress(console, 3) as tick,
+        out.progress(3) as tick,
         netns.network(rate) as (hub, workers),
     ):
         totals = []
@@ -223,9 +223,9 @@ def _node_bytes(hub: Host, workers: Host, size: int, seed: int, rounds: int) -> 
         server = stack.enter_context(remote.hub_on(hub, 1))
         before = workers.counters()
         command = [sys.executable, "-m", "zps", "launch", "-n", str(_NODE_WORKERS)]
-        command += ["-m", "bench.peers.node_rounds", str(size), str(seed), str(rounds)]
+        command += ["-m", f"{__package__}.peers.node_rounds", str(size), str(seed), str(rounds)]
         node = {"ZPS_NODE_HUB": "1", "ZPS_NODES": "1", "ZPS_NODE_RANK": "0"}
-        environ = {**os.environ, **node, "ZPS_HUB": server.address}
+        environ = suites.environ(ZPS_HUB=server.address, **node)
         with workers.entered():
             done = subprocess.run(command, env=environ, capture_output=True, text=True)
         if done.returncode:
@@ -236,22 +236,22 @@ def _node_bytes(hub: Host, workers: Host, size: int, seed: int, rounds: int) -> 
 # --- memory --------------------------------------------------------------------------------------
 
 
-def measure_memory(console: Console) -> dict[str, Any]:
-    """A hub's memory with eight workers of 100 MB, one of them late, at the default settings."""
+def measure_memory(out: Out, nbytes: int = _MEMORY_BYTES) -> dict[str, Any]:
+    """A hub's memory with eight workers of so many bytes, one of them late, by default settings."""
     from zps.config import Settings
 
     own = Settings.load()
-    with report.progress(console, 1) as tick:
+    with out.progress(1) as tick:
         tick("memory")
         found = footprint.measure(
             _MEMORY_WORKERS,
-            _MEMORY_BYTES,
+            nbytes,
             buffer_bytes=own.hub_buffer_bytes,
             bucket_bytes=own.bucket_bytes,
         )
     return {
         "workers": _MEMORY_WORKERS,
-        "bytes": _MEMORY_BYTES,
+        "bytes": nbytes,
         "held_bytes": found.held,
         "peak_bytes": found.peak,
         "needed_bytes": found.needed,
@@ -264,17 +264,13 @@ def measure_memory(console: Console) -> dict[str, Any]:
 # --- what a person reads -------------------------------------------------------------------------
 
 
-def _tell(case: str, record: dict[str, Any], console: Console, file: Path | None) -> None:
-    console.print(f"{case}: {json.dumps(record)}", highlight=False)
-    line = json.dumps({"bench": "wire", "what": case, **record, **report.facts()})
-    print(line, flush=True)
-    if file is not None:
-        with file.open("a") as kept:
-            kept.write(line + "\n")
+def _tell(case: str, record: Record, out: Out) -> None:
+    out.show(f"{case}: {json.dumps(record)}")
+    out.record({"bench": "wire", "what": case, **record, **report.facts()})
 
 
-def _skip(what: str, reason: str, console: Console) -> None:
-    console.print(f"{what} is skipped: {reason}", style="yellow", highlight=False, markup=False)
+def _skip(what: str, reason: str, out: Out) -> None:
+    out.note(f"{what} is skipped: {reason}")
 
 
 def choose_cases(names: str | None) -> list[str]:
@@ -286,11 +282,52 @@ def choose_cases(names: str | None) -> list[str]:
     return [name for name in CASES if name in wanted]
 
 
+def choose_peers(options: Options) -> tuple[list[type[Remote]], list[str]]:
+    """The codecs to compare, and notes; nothing encoded is always there, as what all is held by."""
+    chosen, notes = suites.participants(options, PEERS, _QUICK_PEERS)
+    return [peer for peer in PEERS if peer in chosen or peer is Remote], notes
+
+
 def unavailable(case: str) -> str | None:
     """None, or why this case cannot run here."""
     if case == "memory":
         return None
     return netns.unavailable()
+
+
+def prepare(options: Options, cases: str | None = None, rate: str = "1gbit") -> suites.Job:
+    """Those of `cases` (comma-separated; None: all) that can run here, at each size."""
+    sizes = options.sizes or (options.by_level(_QUICK_SIZE, _SIZE, _SIZE),)
+    quick = options.level is Level.QUICK and options.sizes is None
+    chosen = choose_cases(cases or (_QUICK_CASES if quick else None))
+    peers, notes = choose_peers(options)
+    reasons = {name: unavailable(name) for name in chosen}
+    for size in sizes if "link" in chosen and not reasons["link"] else ():
+        harness.require_memory(peers, size, 1, payload_bytes=4 * size)
+    memory_bytes = options.by_level(_QUICK_MEMORY_BYTES, _MEMORY_BYTES, _MEMORY_BYTES)
+
+    def job(out: Out) -> None:
+        for note in notes:
+            out.note(note)
+        for name in chosen:
+            if reason := reasons[name]:
+                _skip(name, reason, out)
+            elif name == "memory":
+                _tell(name, measure_memory(out, memory_bytes), out)
+            else:
+                for size in sizes:
+                    _run_between_hosts(name, peers, size, rate, options, out)
+
+    return job
+
+
+def _run_between_hosts(
+    name: str, peers: Peers, size: int, rate: str, options: Options, out: Out
+) -> None:
+    if name == "link":
+        tell_link(*measure_link(peers, size, rate, options, out), out)
+    else:
+        _tell(name, measure_node(size, rate, options.seed, out), out)
 
 
 @app.command()
@@ -305,23 +342,9 @@ def main(
     json_file: report.JsonFile = None,
 ) -> None:
     """Count and time rounds between two hosts, and weigh the hub."""
-    console = report.console()
-    with report.complaints(console, "bench.wire"):
-        (count,) = harness.parse_sizes(size)
-        chosen = choose_cases(cases)
-        plan = harness.plan(quick, cycles, calm)
-        for name in chosen:
-            reason = unavailable(name)
-            if reason:
-                _skip(name, reason, console)
-            elif name == "link":
-                harness.require_memory(PEERS, count, 1, payload_bytes=4 * count)
-                case, skipped = measure_link(count, rate, seed, plan, console)
-                tell_link(case, skipped, console, json_file)
-            elif name == "node":
-                _tell(name, measure_node(count, rate, seed, console), console, json_file)
-            else:
-                _tell(name, measure_memory(console), console, json_file)
+    with suites.alone("bench.wire", json_file) as out:
+        options = read(quick=quick, cycles=cycles, calm=calm, seed=seed, sizes=size)
+        prepare(options, cases, rate)(out)
 
 
 if __name__ == "__main__":

@@ -341,3 +341,19 @@ def test_doctor_shows_a_table_of_checks(tmp_path: Path) -> None:
     result = zps("doctor", ZPS_RUNTIME_DIR=str(tmp_path / "r"))
     assert result.returncode == 0, result.stdout
     assert "round trip" in result.stdout
+
+
+# bench
+
+
+def test_the_suites_of_a_checkout_are_found_from_anywhere_and_take_their_own_options() -> None:
+    Path("bench").mkdir()
+    script("bench/__main__.py", "raise SystemExit('not this one')")
+    result = zps("bench", "--list", "rtt")
+    assert result.returncode == 0, result.stderr
+    assert "zps, echo" in result.stderr
+    result = zps("bench", "--help")
+    assert "Usage: zps bench [OPTIONS] [SUITE]..." in " ".join(result.stdout.split())
+    result = zps("bench", "stp")
+    assert result.returncode == 2
+    assert "unknown suite 'stp' (did you mean 'step'?)" in result.stderr

@@ -290,6 +290,22 @@ def tune(
     print(f"{report.advice}\n{report.advice.reason}")
 
 
+# The suites have options of their own, and their own help.
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def bench(context: typer.Context) -> None:
+    """Measure zps beside what else there is, on this machine: `zps bench --help`."""
+    from zps.launch.suites import command
+
+    argv, environ = command(context.args)
+    os.execve(argv[0], argv, environ)
+
+
 def _sizes(model: str, settings: Settings) -> Sizes:
     from zps.launch.factory import load_model
     from zps.launch.sizes import measure

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
-from bench.peers.problem import Array
+from .problem import Array
 
 
 class BenchError(Exception):

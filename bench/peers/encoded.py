@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bench.peers import problem
-from bench.peers.problem import Array
+from . import problem
+from .problem import Array
 
 BLOCK = 256
 _PIECE = 1 << 20  # elements that are worked on at a time: a multiple of a block

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from bench.peers import problem
-from bench.peers.base import Peer, Seat
-from bench.peers.problem import Array
+from . import problem
+from .base import Peer, Seat
+from .problem import Array
 
 
 class Gloo(Peer):

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 import zps
-from bench.peers import problem
+
+from . import problem
 
 
 def main(size: int, seed: int, rounds: int) -> None:

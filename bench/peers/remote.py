@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
-from bench.netns import Host
-from bench.peers import encoded
-from bench.peers.base import BenchError, Seat, Server
-from bench.peers.team import Team
-from bench.peers.zps_round import ZpsTcp, free_port, start_hub
+from ..netns import Host
+from . import encoded
+from .base import BenchError, Seat, Server
+from .team import Team
+from .zps_round import ZpsTcp, free_port, start_hub
 
 _FRAME_BYTES, _LARGE_FRAME_BYTES = 2, 9  # what ZMTP puts before a frame
 _SMALL = 255

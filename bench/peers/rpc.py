@@ -8,10 +8,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import ClassVar
 
-from bench.peers import problem
-from bench.peers.base import Peer, Seat, Server, cores
-from bench.peers.problem import Array
-from bench.peers.server_process import server_process
+from . import problem
+from .base import Peer, Seat, Server, cores
+from .problem import Array
+from .server_process import server_process
 
 
 class Rpc(Peer):
@@ -45,7 +45,7 @@ class Rpc(Peer):
     def setup(self, seat: Seat) -> None:
         import torch
 
-        from bench.peers import rpc_server
+        from . import rpc_server
 
         rpc_server.join(f"worker{seat.rank}", seat.rank, seat.world + 1, seat.address)
         self._call = torch.distributed.rpc.rpc_sync
@@ -72,6 +72,6 @@ class Rpc(Peer):
 
 
 def _serve(world: int, size: int, seed: int, address: str, parent: Connection) -> None:
-    from bench.peers import rpc_server  # only in the server's own process: it imports torch
+    from . import rpc_server  # only in the server's own process: it imports torch
 
     rpc_server.serve(world, size, seed, address, parent)

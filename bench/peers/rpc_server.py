@@ -14,8 +14,8 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed.rpc as rpc
 
-from bench.peers import problem
-from bench.peers.base import cores
+from . import problem
+from .base import cores
 
 SERVER = "server"
 

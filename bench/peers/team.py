@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.peers.base import BenchError, Peer, Seat, Server, cores
-from bench.peers.problem import Array
+from .base import BenchError, Peer, Seat, Server, cores
+from .problem import Array
 
 Samples = npt.NDArray[np.float64]  # microseconds
 
@@ -30,7 +30,6 @@ REPLY_S = 300.0
 _EXIT_S = 5.0
 _LEAD_NS = 400_000
 _LATE_NS = 50_000
-_TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
 
 
 class StartLine:
@@ -83,21 +82,24 @@ class _Member:
         self._rounds = 0
 
     def run(self, rounds: int) -> npt.NDArray[np.int64]:
-        """(rounds, 3) int64: common start, own start, end."""
-        stamps = np.empty((rounds, 3), np.int64)
+        """(rounds, 4) int64: common start, own start, end, processor time meanwhile."""
+        stamps = np.empty((rounds, 4), np.int64)
         for row in stamps:
             self._peer.prepare(self._rounds)
             row[:2] = self._line.wait()
+            used = time.process_time_ns()
             self._peer.round()
             row[2] = time.perf_counter_ns()
+            row[3] = time.process_time_ns() - used
             self._rounds += 1
         return stamps
 
     def run_empty(self, rounds: int) -> npt.NDArray[np.int64]:
         """As `run`, with nothing between start and end: what the measuring itself costs."""
-        stamps = np.empty((rounds, 3), np.int64)
+        stamps = np.zeros((rounds, 4), np.int64)
         for row in stamps:
             row[:2] = self._line.wait()
+            time.process_time_ns()
             row[2] = time.perf_counter_ns()
         return stamps
 
@@ -135,11 +137,20 @@ def _member_main(
 
 
 @dataclass(frozen=True, slots=True)
+class Cpu:
+    """Processor time a round, user and system: of workers during it, of all else throughout."""
+
+    workers_us: float = 0.0
+    server_us: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """Rounds timed one after another: microseconds each, and how many of them began late."""
 
     samples: Samples
     late: int
+    cpu: Cpu = Cpu()
 
 
 class Team:
@@ -176,8 +187,13 @@ class Team:
         self._signal(signal.SIGSTOP)
 
     def run(self, rounds: int) -> Block:
-        """Times `rounds` rounds, each from the last worker's start to the last worker's end."""
-        return merge(self._ask("run", rounds), self.peer.spins_when_idle)
+        """Times rounds: from the last worker's start to the last worker's end."""
+        before = self._server_cpu_s()
+        stamps = self._ask("run", rounds)
+        server = (self._server_cpu_s() - before) * 1e6 / rounds
+        workers = float(np.stack(stamps)[:, :, 3].sum(axis=0).mean()) / 1e3
+        block = merge(stamps, self.peer.spins_when_idle or len(stamps) > cores())
+        return replace(block, cpu=Cpu(workers, server))
 
     def run_empty(self, rounds: int) -> Block:
         """Times nothing at all: what the measuring itself costs."""
@@ -200,6 +216,14 @@ class Team:
     def cpu_s(self) -> float:
         """CPU seconds that all its processes have used so far."""
         return sum(_cpu_s(pid) for pid in self.pids())
+
+    def threads(self) -> dict[str, int]:
+        """ "server": those that compute there; "total": all threads of all its processes."""
+        total = sum(len(os.listdir(f"/proc/{pid}/task")) for pid in self.pids())
+        return {"server": self.server.threads, "total": total}
+
+    def _server_cpu_s(self) -> float:
+        return sum(_cpu_s(pid) for pid in (*self._beside, *self.server.pids))
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -287,8 +311,8 @@ def merge(stamps: list[npt.NDArray[np.int64]], keep_late: bool) -> Block:
     """Merges the workers' stamps into one time a round, from the last worker's start.
 
     A round that some worker began late, by more than a hundredth of it, measured the machine: it is
-    left out. Peers whose own threads spin delay their own starts: theirs are kept, and counting
-    from the last start is in their favour.
+    left out. Peers whose own threads spin delay their own starts, and with more workers than cores
+    nobody can begin at once: theirs are kept, and counting from the last start is in their favour.
     """
     merged = np.stack(stamps)
     starts = merged[:, :, 1].max(axis=0)
@@ -299,5 +323,5 @@ def merge(stamps: list[npt.NDArray[np.int64]], keep_late: bool) -> Block:
 
 
 def _cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * _TICK_S
+    """Processor time of a process with all its threads, to the nanosecond: clock_getcpuclockid."""
+    return time.clock_gettime(~pid << 3 | 2)

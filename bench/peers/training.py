@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from bench.peers import zps_round
-from bench.peers.base import Peer, Seat, Server
-from bench.peers.gloo import Gloo
-from bench.peers.problem import Array
+from . import zps_round
+from .base import Peer, Seat, Server
+from .gloo import Gloo
+from .problem import Array
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.peers import problem
-from bench.peers.base import BenchError, Peer, Seat, Server, cores
-from bench.peers.problem import Array
+from . import problem
+from .base import BenchError, Peer, Seat, Server, cores
+from .problem import Array
 
 if TYPE_CHECKING:
     import zps

@@ -10,13 +10,23 @@ import numpy as np
 import pytest
 
 from bench import harness
-from bench.harness import Plan, choose, mirrored, parse_sizes, ratio_of_medians, rounds_per_block
+from bench.harness import (
+    Measured,
+    Plan,
+    Run,
+    choose,
+    merged,
+    mirrored,
+    parse_sizes,
+    rounds_per_block,
+)
 from bench.peers import problem
 from bench.peers.base import BenchError, Peer
 from bench.peers.gloo import Gloo
 from bench.peers.rpc import Rpc
-from bench.peers.team import Block, merge
+from bench.peers.team import Block, Cpu, merge
 from bench.peers.zps_round import Zps, ZpsGrad
+from bench.stats import ratio_of_medians
 
 PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, Gloo, Rpc)
 
@@ -132,6 +142,27 @@ def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says() -> None:
         assert ratio.low <= ratio.value <= ratio.high
         covered += ratio.low <= 3.0 <= ratio.high
     assert covered >= 51
+
+
+def test_restarts_that_disagree_widen_the_interval() -> None:
+    below = [np.full(4, 1.0)] * 10
+    above = [*[np.full(4, 2.0)] * 9, np.full(4, 4.0)]
+    cycles = ratio_of_medians(above, below)
+    assert (cycles.low, cycles.high) == (2.0, 2.0)
+    starts = ratio_of_medians(above, below, restarts=[9, 1])
+    assert (starts.low, starts.value, starts.high) == (2.0, 2.0, 4.0)
+
+
+def test_the_runs_of_all_restarts_become_one() -> None:
+    def run(us: float, late: int) -> Run:
+        found = Measured([np.full(2, us)] * 3, {"worker": 1}, late, cpu=[Cpu(us, 2 * us)])
+        return Run({"zps": found}, start_us=us, other_cpu=us)
+
+    both = merged([run(10.0, 1), run(20.0, 2)])
+    found = both.measured["zps"]
+    assert (found.restarts, found.late, found.samples.size) == ([3, 3], 3, 12)
+    assert found.cpu_us == {"workers": 15.0, "server": 30.0, "total": 45.0}
+    assert (both.start_us, both.other_cpu) == (15.0, 15.0)
 
 
 def test_a_round_lasts_from_the_last_start_to_the_last_end() -> None:

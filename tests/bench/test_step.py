@@ -86,7 +86,7 @@ def test_the_command_prints_and_keeps_one_line_for_each_form_of_zps(
     skip_unless_available(Zps)
     monkeypatch.setattr(harness, "QUICK", harness.Plan(cycles=2, block_s=0.01))
     kept = tmp_path / "lines.json"
-    arguments = ["--sizes", "1K", "--peers", "zps,zps-grad", "--quick"]
+    arguments = ["--sizes", "1K", "-n", "1", "--peers", "zps,zps-grad", "--quick"]
     result = CliRunner().invoke(step.app, [*arguments, "--json", str(kept)])
     assert result.exit_code == 0, result.stderr
     assert result.stdout == kept.read_text()

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from bench import harness, train
 from bench.harness import Plan
-from bench.peers.training import parameters
+from bench.peers.base import Seat
+from bench.peers.training import TrainLocal, parameters
 
 
 def test_the_default_model_has_25_million_parameters() -> None:
     assert 25_000_000 < parameters(4096) < 25_500_000
 
 
-def test_all_ways_of_training_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ways_to_share_gradients_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     for peer in train.PEERS:
         if reason := peer.available():
             pytest.skip(f"{peer.name}: {reason}")
     monkeypatch.setattr(harness, "QUICK", Plan(cycles=2, block_s=0.01))
-    result = CliRunner().invoke(train.app, ["--width", "16", "--quick"])
+    arguments = ["--width", "16", "--quick", "--peers", "zps,ddp"]
+    result = CliRunner().invoke(train.app, arguments)
     assert result.exit_code == 0, result.stderr
     record = json.loads(result.stdout)
-    assert (record["what"], list(record["peers"])) == ("zps", ["ddp", "local"])
+    assert (record["what"], list(record["peers"])) == ("zps", ["ddp"])
     assert record["size"] == parameters(16)
+
+
+def test_a_local_step_changes_the_weights_and_needs_nobody() -> None:
+    pytest.importorskip("torch")
+    local = TrainLocal()
+    local.setup(Seat(0, 2, 16, 3, "nowhere"))
+    before = local.weights()
+    local.round()
+    assert before.size == parameters(16)
+    assert not np.array_equal(local.weights(), before)
+    local.close()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from bench import harness, netns, report, wire
+from bench import harness, netns, wire
+from bench.out import Out
 from bench.peers import encoded, problem, remote
 from bench.peers import team as teams_of
 from bench.peers.base import BenchError, Seat
@@ -182,6 +183,7 @@ def test_the_command_prints_bytes_time_and_what_it_skipped(
 ) -> None:
     skip_unless_possible()
     monkeypatch.setattr(harness, "QUICK", harness.Plan(cycles=2, block_s=0.01))
+    monkeypatch.setattr(wire, "PEERS", (Remote, RemoteInt8))
     kept = tmp_path / "lines.json"
     arguments = ["--size", "100K", "--cases", "link", "--quick", "--json", str(kept)]
     result = CliRunner().invoke(wire.app, arguments)
@@ -198,7 +200,7 @@ def test_the_command_prints_bytes_time_and_what_it_skipped(
 def test_a_case_of_one_record_is_a_line_with_its_origin(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wire._tell("memory", {"peak_bytes": 7}, report.console(), tmp_path / "lines")
+    wire._tell("memory", {"peak_bytes": 7}, Out(json_file=tmp_path / "lines"))
     record = json.loads(capsys.readouterr().out)
     assert (record["bench"], record["what"], record["peak_bytes"]) == ("wire", "memory", 7)
     assert {"machine", "commit"} <= record.keys()

@@ -1,0 +1,98 @@
+"""What each worker of bench.converge runs: learn digits, and keep what was reached when.
+
+    zps launch -n 2 -m bench.peers.digits_loop FILE EPOCHS SEED
+
+Rank 0 writes FILE: one JSON object, see `Curve`. Looking at the loss is not part of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+import zps
+from zps.launch.sizes import measure
+from zps.training.current import current
+
+BATCH = 32
+LOOK_EVERY = 4  # rounds
+LR = 2e-3
+
+
+@dataclass(slots=True)
+class Curve:
+    """Rank 0's way: after how many rounds, seconds and pushed bytes which loss was reached."""
+
+    push_bytes: int  # of one worker and round
+    rounds: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    accuracy: float = 0.0  # of the test digits, in the end
+
+
+def model() -> nn.Module:
+    """About 75,000 parameters: enough that a codec has something to do."""
+    layers = (nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 224), nn.ReLU(), nn.Linear(224, 10))
+    return nn.Sequential(*layers)
+
+
+def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(train images, test images, train labels, test labels), the same in every process."""
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
+    train_x, test_x = (torch.tensor(x / 16, dtype=torch.float32) for x in parts[:2])
+    train_y, test_y = (torch.tensor(y, dtype=torch.int64) for y in parts[2:])
+    return train_x, test_x, train_y, test_y
+
+
+def main(file: Path, epochs: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    train_x, test_x, train_y, test_y = load()
+    zps.init()
+    rank, workers = zps.rank(), zps.world_size()
+    net, criterion = model(), nn.CrossEntropyLoss()
+    # Without rounds every gradient is a step of its own: as far in all as one of their average.
+    lr = LR if current().settings.mode == "bsp" else LR / workers
+    opt = zps.Optimizer(torch.optim.AdamW(net.parameters(), lr=lr), net)
+    curve = Curve(measure(net, current().settings).push.encoded_nbytes)
+    dealer = torch.Generator().manual_seed(seed)
+    each = len(train_x) // (workers * BATCH)
+    number, spent_s = 0, 0.0
+
+    def look() -> None:
+        with torch.no_grad():
+            loss = float(criterion(net(train_x), train_y))
+        curve.rounds.append(number)
+        curve.seconds.append(round(spent_s, 6))
+        curve.loss.append(round(loss, 5))
+
+    for _ in range(epochs):
+        order = torch.randperm(len(train_x), generator=dealer)
+        for batch in order[rank::workers].split(BATCH)[:each]:
+            if rank == 0 and number % LOOK_EVERY == 0:
+                look()
+            began = time.perf_counter()
+            opt.zero_grad()
+            criterion(net(train_x[batch]), train_y[batch]).backward()
+            opt.step()
+            spent_s += time.perf_counter() - began
+            number += 1
+    if rank == 0:
+        look()
+        with torch.no_grad():
+            curve.accuracy = float((net(test_x).argmax(1) == test_y).float().mean())
+        file.write_text(json.dumps(asdict(curve)))
+    zps.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,120 @@
+"""The suites there are, and how one of them is run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from . import harness
+from .naming import nearest
+from .options import Level, Options, require_writable
+from .out import Out, complaints
+from .peers.base import Peer
+
+# What is left of a suite once its options are checked: it measures, and tells.
+Job = Callable[[Out], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """A question, and the module of this package whose `prepare` makes a job of it."""
+
+    name: str
+    question: str
+
+    @property
+    def module(self) -> Any:
+        """Loaded when it is needed: some of them import torch."""
+        return import_module(f".{self.name}", __package__)
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The names of its participants, as far as they can be chosen."""
+        return tuple(peer.name for peer in getattr(self.module, "PEERS", ()))
+
+    def prepare(self, options: Options) -> Job:
+        """Checks the options before any work. Raises BenchError for what cannot be done here."""
+        job: Job = self.module.prepare(options)
+        return job
+
+
+SUITES = (
+    Suite("kernels", "how near is the fused apply to what memory can do?"),
+    Suite("codecs", "how near are encoding and decoding to what memory can do?"),
+    Suite("step", "how long does a synchronous round take, beside what else there is?"),
+    Suite("rtt", "what does the control path cost, beside a bare ZeroMQ round trip?"),
+    Suite("pull", "what does reading the weights cost, by alias, copy and message?"),
+    Suite("breakdown", "where does the time of a round go?"),
+    Suite("wire", "what do gradients and weights cost between two hosts?"),
+    Suite("train", "how long does a training step take, end to end?"),
+    Suite("converge", "what loss is reached after how much time and how many bytes?"),
+    Suite("scale", "is the cost linear in parameters and workers, and what do hubs bring?"),
+    Suite("soak", "does anything grow, leak or slow down over minutes?"),
+)
+
+
+def choose(names: Sequence[str]) -> list[Suite]:
+    """The suites of these names, in their own order; of none, all.
+
+    Raises BenchError for a name that there is not, with the nearest that there is.
+    """
+    table = {suite.name: suite for suite in SUITES}
+    for name in names:
+        if name not in table:
+            raise nearest(name, table, "suite")
+    return [suite for suite in SUITES if not names or suite.name in names]
+
+
+def prepare(chosen: Sequence[Suite], options: Options) -> list[tuple[Suite, Job]]:
+    """The jobs of all suites; nothing has been started when one of them raises BenchError.
+
+    `options.peers` is for all of them: each takes those that it knows, or its own choice if it
+    knows none. A name that no chosen suite knows is an error.
+    """
+    wanted = [name.strip() for name in options.peers.split(",")] if options.peers else []
+    known = list(dict.fromkeys(name for suite in chosen for name in suite.peers))
+    for name in wanted:
+        if name not in known:
+            raise nearest(name, known, "peer")
+    jobs = []
+    for suite in chosen:
+        own = ",".join(name for name in wanted if name in suite.peers)
+        jobs.append((suite, suite.prepare(replace(options, peers=own or None))))
+    return jobs
+
+
+def participants(
+    options: Options, known: Sequence[type[Peer]], quick: Sequence[type[Peer]]
+) -> tuple[list[type[Peer]], list[str]]:
+    """Those that were asked for; of its own, a suite takes all, or `quick` of them in a quick run.
+
+    Returns them, and a line about each that is left out. Raises BenchError as `harness.choose`.
+    """
+    chosen, notes = harness.choose(options.peers, known)
+    if options.peers or options.sizes or options.level is not Level.QUICK:
+        return chosen, notes
+    left_out = [peer.name for peer in chosen if peer not in quick]
+    if left_out:
+        notes.append(f"a quick run leaves {', '.join(left_out)} out; --peers names who takes part")
+    return [peer for peer in chosen if peer in quick], notes
+
+
+def environ(**more: str) -> dict[str, str]:
+    """For a process that has to find every module that this one finds."""
+    here = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    return {**os.environ, "PYTHONPATH": here, **more}
+
+
+@contextmanager
+def alone(name: str, json_file: Path | None) -> Iterator[Out]:
+    """Where a suite that is run by itself puts its results; a BenchError ends it with code 2."""
+    out = Out(json_file=json_file)
+    with complaints(out.console, name):
+        require_writable([json_file], None)
+        yield out

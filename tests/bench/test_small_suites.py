@@ -1,0 +1,160 @@
+"""rtt, pull, scale, converge and breakdown, with real processes at sizes that take no time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import breakdown, converge, harness, pull, rtt, scale
+from bench.converge import BASE, Way
+from bench.harness import Measured, Plan, Run
+from bench.options import read
+from bench.out import Out, Record
+from bench.peers import problem
+from bench.peers.base import BenchError, Peer, Seat
+from bench.peers.echo import Echo
+from bench.peers.hubs import Hubs2
+from bench.peers.zps_round import Zps
+from bench.scale import Point
+
+
+@pytest.fixture(autouse=True)
+def built(monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := Zps.available():
+        pytest.skip(reason)
+    monkeypatch.setattr(harness, "QUICK", Plan(cycles=2, block_s=0.01))
+
+
+def records_of(capsys: pytest.CaptureFixture[str]) -> list[Record]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_round_trip_is_told_in_time_and_in_the_servers_processor_time(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rtt.prepare(read(quick=True))(Out())
+    times, cpu = records_of(capsys)
+    assert (times["what"], list(times["peers"])) == ("zps", ["echo"])
+    assert (cpu["what"], list(cpu["peers"])) == ("zps-cpu", ["echo"])
+    assert 0 < cpu["peers"]["echo"]["server_us"] < 1e5
+    assert cpu["server_us"] > 0
+    assert all(found["cpu_us"]["workers"] > 0 for found in (times, times["peers"]["echo"]))
+    assert times["cpu_us"]["server"] == pytest.approx(cpu["server_us"], abs=0.1)
+
+
+@contextmanager
+def seated(peer: type[Peer], size: int, folder: Path) -> Iterator[Peer]:
+    """A participant's only worker, in this process."""
+    with peer.serve(1, size, 3, folder) as server:
+        worker = peer()
+        worker.setup(Seat(0, 1, size, 3, server.address))
+        yield worker
+        worker.close()
+
+
+def test_an_echo_is_what_was_sent_in_this_round(tmp_path: Path) -> None:
+    with seated(Echo, 10, tmp_path) as worker:
+        for number in range(2):
+            worker.prepare(number)
+            worker.round()
+            assert np.array_equal(worker.weights(), Echo.answer(number + 1))
+            assert not np.array_equal(worker.weights(), Echo.answer(number))
+
+
+@pytest.mark.parametrize("peer", [*pull.PEERS, Hubs2], ids=lambda peer: peer.name)
+def test_after_every_round_a_participant_holds_the_current_weights(
+    peer: type[Peer], tmp_path: Path
+) -> None:
+    with seated(peer, 5000, tmp_path) as worker:
+        for number in range(2):
+            worker.prepare(number)
+            worker.round()
+            expected = problem.reference(1, 5000, 3, number + 1)
+            np.testing.assert_allclose(worker.weights(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_growth_is_told_for_each_point_beside_the_smallest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    points = [Point(1000, 2, 1), Point(20_000, 2, 2, Hubs2)]
+    names = [point.name for point in points]
+    measured = {name: Measured([np.full(3, 50.0)] * 2, {}) for name in names}
+    measured[names[1]] = Measured([np.full(3, 1500.0)] * 2, {})
+    scale.tell("parameters", points, Run(measured, 1.0, 0.0), Out())
+    (record,) = records_of(capsys)
+    first, second = record["points"]
+    assert (first["relative"], first["hubs"], second["hubs"]) == (1.0, 1, 2)
+    assert (second["relative"], record["off_linear"]) == (1.5, 0.5)
+
+
+def test_growth_counts_from_two_workers_on() -> None:
+    def points(*pairs: tuple[int, float]) -> list[Record]:
+        return [{"workers": workers, "relative": relative} for workers, relative in pairs]
+
+    assert scale.off_linear(points((2, 1.0), (4, 0.9), (8, 0.95))) == 0.0
+    assert scale.off_linear(points((2, 1.0), (4, 1.3), (8, 1.1))) == 0.3
+    assert scale.off_linear(points((1, 1.0), (2, 2.0), (4, 2.2))) == 0.1
+
+
+def test_a_point_moves_every_gradient_and_the_state() -> None:
+    assert Point(10, 4, 1).moved_bytes == 10 * (4 * 4 + 16)
+
+
+def test_a_job_tells_its_loss_and_the_bytes_of_its_codec() -> None:
+    if find_spec("sklearn") is None:
+        pytest.skip("scikit-learn is not installed")
+    curve = converge.learn(Way("bsp", "onebit"), 1, 2, seed=0)
+    assert curve["loss"][-1] < curve["loss"][0]
+    assert curve["push_bytes"] < 4 * 75_000 / 16
+
+
+def test_a_way_that_does_not_learn_is_an_error() -> None:
+    converge.check(BASE, {"accuracy": 0.9})
+    with pytest.raises(BenchError, match="bsp: it recognises 50.0% of the digits"):
+        converge.check(BASE, {"accuracy": 0.5})
+
+
+def test_bytes_and_time_count_until_the_target_is_reached(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def curve(*loss: float, nbytes: int = 100) -> converge.Curve:
+        times = [0.5 * n for n in range(len(loss))]
+        rounds = [4 * n for n in range(len(loss))]
+        found = {"rounds": rounds, "seconds": times, "loss": list(loss)}
+        return {"push_bytes": nbytes, "accuracy": 0.9, **found}
+
+    ways = {
+        BASE: [curve(2.0, 0.1)],
+        Way("bsp", "int8"): [curve(2.0, 1.0, 0.1, nbytes=25)],
+        Way("async", "none"): [curve(2.0, 1.0)],
+    }
+    converge.tell(ways, 2, Out())
+    _, int8, never = records_of(capsys)
+    assert int8["to_target"] == {"rounds": 8, "seconds": 1.0, "bytes": 200}
+    assert int8["over_bsp"] == {"rounds": 2.0, "seconds": 2.0, "bytes": 0.5}
+    assert (never["to_target"], never["over_bsp"]["bytes"]) == (None, None)
+
+
+def test_where_the_engine_writes_no_traces_the_breakdown_is_skipped_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(breakdown, "unavailable", lambda: "it writes none")
+    breakdown.prepare(read(quick=True))(Out())
+    assert "breakdown is skipped: it writes none" in capsys.readouterr().err
+
+
+def test_where_the_engine_writes_traces_they_make_up_a_round(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if reason := breakdown.unavailable():
+        pytest.skip(reason)
+    breakdown.tell(1000, 1, breakdown.measure(1000, 1, 5, seed=3), Out())
+    (record,) = records_of(capsys)
+    assert {"encode", "apply", "wake"} <= record["parts_us"].keys()
+    assert all(np.isfinite(us) and us >= 0 for us in record["parts_us"].values())
