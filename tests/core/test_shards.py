@@ -90,8 +90,8 @@ def test_every_worker_comes_to_the_same(layout: Layout, hubs: int) -> None:
 
 def test_a_large_tensor_is_cut_where_one_hub_would_cut_it() -> None:
     first, second = cut(build(Param("fc", (3, 1000), F32)), 2)
-    assert names(first.layout) == ["fc[0:1024]", "fc[2048:3000]"]
-    assert names(second.layout) == ["fc[1024:2048]"]
+    assert names(first.layout) == ["fc[0:1024/3000]", "fc[2048:3000/3000]"]
+    assert names(second.layout) == ["fc[1024:2048/3000]"]
     assert [param.shape for param in first.layout.params] == [(1024,), (952,)]
     assert first.parts == (Part(0, 0, 1024), Part(0, 2048, 952))
     assert [name.name for name in first.layout.extras] == ["mean"]

@@ -94,6 +94,15 @@ def test_training_comes_to_the_same_bits(run: Any, rule: str) -> None:
             assert_same_bits(found, expected, (rule, hubs))
 
 
+@pytest.mark.parametrize("codec", ["int8", "int8:rounding=stochastic", "randk:ratio=0.1", "topk"])
+def test_with_a_codec_training_comes_to_the_same_bits(run: Any, codec: str) -> None:
+    # The last part of `large` alone is smaller than what is worth a codec; all of it is not.
+    hub = {"compression": codec, "compression_min_bytes": 4000}
+    expected = run(train, "sgd", hub=hub)[0][0]
+    for found, _ in run(train, "sgd", hubs=2, hub=hub):
+        assert_same_bits(found, expected)
+
+
 def test_averages_alone_come_to_the_same_bits(run: Any) -> None:
     expected = run(train, "adam", apply="worker")[0][0]
     for found, _ in run(train, "adam", apply="worker", hubs=2):

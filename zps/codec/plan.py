@@ -19,7 +19,7 @@ from zps.codec.base import Codec
 from zps.codec.none import Plain
 from zps.codec.spec import Compression
 from zps.core.layout import ALIGN_BYTES, ITEMSIZE, Bucket, Layout, round_up
-from zps.core.shards import whole_name
+from zps.core.shards import whole_of
 
 __all__ = ["CODEC", "Plan", "aligned_zeros"]
 
@@ -71,14 +71,15 @@ class Plan:
     def build(cls, layout: Layout, compression: Compression, min_bytes: int = 0) -> Plan:
         """Give every piece its codec and its place.
 
-        min_bytes  parameters of fewer bytes, in their own dtype, travel as they are
+        min_bytes  parameters of fewer bytes, in their own dtype, travel as they are; what counts of
+                   a part is the whole, so that it is encoded alike on one hub and on several
         """
         index: dict[Codec, int] = {}
         of_param = [
             index.setdefault(codec, len(index))
             for codec in (
-                _PLAIN if param.nbytes < min_bytes else compression.codec_of(whole_name(param.name))
-                for param in layout.params
+                _PLAIN if nbytes < min_bytes else compression.codec_of(name)
+                for name, nbytes in map(whole_of, layout.params)
             )
         ]
         codecs = tuple(index)

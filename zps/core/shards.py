@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from zps.core.layout import ALIGN_BYTES, ITEMSIZE, Layout, Param, Piece
 from zps.errors import LayoutError
 
-__all__ = ["Part", "Shard", "cut", "whole_name"]
+__all__ = ["Part", "Shard", "cut", "whole_of"]
 
-_PART = re.compile(r"\[\d+:\d+\]$")
+_PART = re.compile(r"\[\d+:\d+/(\d+)\]$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ def cut(layout: Layout, hubs: int) -> tuple[Shard, ...]:
     The units are the layout's pieces: whole parameters, and pieces of `bucket_bytes` of larger
     ones. The longest goes first, each to the hub that has the least so far, the lowest of equals.
     In its hub's layout a parameter that lies there in full keeps its name and shape; a part of
-    one is a parameter `name[begin:end]` with one dimension. Each hub has the parameters in the
-    order of the whole layout; the first has the extras.
+    one is a parameter `name[begin:end/elements]` with one dimension. Each hub has the parameters
+    in the order of the whole layout; the first has the extras.
 
     With one hub, its layout is `layout` itself.
     Raises LayoutError if there are more hubs than pieces: a hub without any would have no rounds.
@@ -116,10 +116,13 @@ def _params(whole: Layout, parts: Sequence[Part]) -> Iterator[Param]:
         if part.count == param.numel:
             yield param
         else:
-            name = f"{param.name}[{part.begin}:{part.begin + part.count}]"  # see whole_name
-            yield Param(name, (part.count,), param.dtype)
+            place = f"{part.begin}:{part.begin + part.count}/{param.numel}"  # see whole_of
+            yield Param(f"{param.name}[{place}]", (part.count,), param.dtype)
 
 
-def whole_name(name: str) -> str:
-    """The name of the parameter that a shard's parameter is, or is a part of."""
-    return _PART.sub("", name)
+def whole_of(param: Param) -> tuple[str, int]:
+    """Name and bytes of the parameter that a shard's parameter is, or is a part of."""
+    part = _PART.search(param.name)
+    if part is None:
+        return param.name, param.nbytes
+    return param.name[: part.start()], ITEMSIZE[param.dtype] * int(part[1])

@@ -287,10 +287,10 @@ class Weights(Message):
     bucket: U32
     version: U64
     closed: U64  # 1 + the highest round of the bucket that has closed
-    over: U64  # the same of the bucket that is furthest behind
     push: Seq | None  # the push that has been consumed by this; None: only asked for
     outcome: U32
     coded: bool  # the difference from what was sent before, in the codecs of the way back
+    over: U64 = 0  # `closed` of the bucket that is furthest behind
 
 
 class Partial(Message):

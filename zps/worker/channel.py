@@ -79,7 +79,12 @@ class Channel:
         self._count = count
         self._accounts = threading.Lock()  # of what was lost: one thread pushes, another waits
         self._replica = self._make_replica()
-        self.encoder = Encoder(plan, self.link.slots, stream=session.rank)
+        self.encoder = Encoder(
+            plan,
+            self.link.slots,
+            stream=session.rank,
+            places=[(part.param, part.begin) for part in shard.parts],
+        )
         self.weights = [self._tensor(self._replica, i) for i in range(len(layout.params))]
 
     # --- tensors ------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ applied takes back what it had been given.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -33,6 +33,8 @@ class _Piece(NamedTuple):
     """Bytes from the parameter's first element."""
     slot: int
     """Bytes from the slots' first."""
+    place: tuple[int, int]
+    """The parameter in the whole model, and the piece's first element there."""
 
 
 class Encoder:
@@ -40,13 +42,24 @@ class Encoder:
 
     slots   (plan.total_bytes,) bytes; the caller keeps them
     stream  tells the random choices of this worker from those of others: its rank
+    places  for each parameter, which one of the whole model it lies in, and from which element on;
+            None: the layout is the whole model's
     """
 
-    def __init__(self, plan: Plan, slots: NDArray[np.uint8], *, stream: int):
+    def __init__(
+        self,
+        plan: Plan,
+        slots: NDArray[np.uint8],
+        *,
+        stream: int,
+        places: Sequence[tuple[int, int]] | None = None,
+    ):
         self._plan = plan
         self._slots = slots
         self._address = int(slots.ctypes.data)
         self._stream = stream
+        own = [(index, 0) for index in range(len(plan.layout.params))]
+        self._places = own if places is None else places
         self._pushes = 0
         self._spoilt: set[int] = set()  # parameters whose gradient was not finite
         self._residual = Residual(plan) if plan.residual_elements else None
@@ -138,7 +151,9 @@ class Encoder:
             encoding = native.Encoding(plan.table[plan.codec_index[index]], piece.count, dtype)
             assert encoding.nbytes == plan.piece_nbytes[index], "plan and kernel disagree"
             slot = int(plan.bucket_offset[piece.bucket] + plan.piece_offset[index])
-            found.append(_Piece(index, encoding, piece.param_begin * itemsize, slot))
+            whole, begin = self._places[param]
+            place = (whole, begin + piece.param_begin)
+            found.append(_Piece(index, encoding, piece.param_begin * itemsize, slot, place))
         return found
 
     def _encode_piece(self, piece: _Piece, source: int, scale: float) -> bool:
@@ -149,7 +164,7 @@ class Encoder:
             residual_in_ptr=before,
             residual_out_ptr=after,
             residual_factor=factor,
-            seed=self._seed(piece.number),
+            seed=self._seed(*piece.place),
         )
         return finite
 
@@ -162,7 +177,11 @@ class Encoder:
         before, after = views
         return int(before.ctypes.data), int(after.ctypes.data), residual.factor(piece, scale)
 
-    def _seed(self, piece: int) -> int:
-        """Another one for every worker, push and piece; the same in a run with the same pushes."""
+    def _seed(self, param: int, begin: int) -> int:
+        """Another one for every worker, push and piece; the same in a run with the same pushes.
+
+        However many hubs there are: a piece is known by its place in the whole model.
+        """
         mixed = (self._stream + 1) * 0x9E3779B97F4A7C15 ^ self._pushes * 0xC2B2AE3D27D4EB4F
-        return (mixed ^ (piece + 1) * 0x165667B19E3779F9) % (1 << _SEED_BITS)
+        place = (param + 1) * 0x165667B19E3779F9 ^ begin * 0xD6E8FEB86659FD93
+        return (mixed ^ place) % (1 << _SEED_BITS)
