@@ -1,4 +1,4 @@
-"""Peer `kernel`: what no round of zps can beat, the hub's fused kernel with nobody to wait for."""
+"""Peer `kernel`: what no round of zps can beat, the hub's fused kernel with nobody to tell."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import problem
 from .base import Peer, Seat, Server, cores
@@ -16,6 +17,7 @@ from .zps_round import Zps
 
 _PAGE = 4096
 _SLICE_NS = 100_000_000
+_SPIN_US = 100
 
 
 class Kernel(Peer):
@@ -26,7 +28,7 @@ class Kernel(Peer):
     """
 
     name: ClassVar[str] = "kernel"
-    about: ClassVar[str] = "zps's fused kernel alone on the same gradients: no message, no waiting"
+    about: ClassVar[str] = "zps's fused kernel alone on the same gradients: no message, no copy"
 
     @classmethod
     def available(cls) -> str | None:
@@ -62,7 +64,7 @@ class Kernel(Peer):
         starts = range(0, end, _row_bytes(seat.size))
         rows = [shared.bytes[at : at + 4 * seat.size].view(np.float32) for at in starts]
         self._weights, *slots = rows
-        self._turn = _Turn(shared.address + end, leads=seat.rank == 0)
+        self._turns = _Turns(shared.address + end, seat.rank, seat.world)
         self._base = torch.from_numpy(problem.gradient(seat.rank, seat.size, seat.seed))
         self._grad = torch.from_numpy(slots[seat.rank])
         self._apply = _Apply(self._weights, slots, threads) if seat.rank == 0 else None
@@ -70,10 +72,11 @@ class Kernel(Peer):
     def prepare(self, round_number: int) -> None:
         import torch
 
-        self._turn.pass_on(round_number)
+        self._turns.prepare(round_number)
         torch.mul(self._base, problem.factor(round_number), out=self._grad)
 
     def round(self) -> None:
+        self._turns.begin()
         if self._apply:
             self._apply()
 
@@ -85,30 +88,45 @@ class Kernel(Peer):
             self._apply.close()
 
 
-class _Turn:
-    """Keeps slots from being written while they are applied, outside of what is timed.
+class _Turns:
+    """Rank 0 applies when all have begun the round, and no slot is written before it has applied.
 
-    address  of a cache line that all ranks share, zero at first: a signal, and from its 8th byte on
-             the number of rounds that have been applied
+    address  of a page that all ranks share, zero at first
+    Only the first is part of what is timed: a gradient that is not there cannot be applied.
     """
 
-    def __init__(self, address: int, *, leads: bool) -> None:
+    def __init__(self, address: int, rank: int, world: int) -> None:
         from zps import native
 
         self._native = native
-        self._signal, self._word = address, address + 8
-        self._leads = leads
-        self._index = np.zeros(1, np.uint32)
+        self._begun, self._applied, self._words = address, address + 64, address + 128
+        self._leads = rank == 0
+        self._own = np.array([rank], np.uint32)
+        self._leader = np.zeros(1, np.uint32)
+        self._others = np.arange(1, world, dtype=np.uint32)
 
-    def pass_on(self, rounds: int) -> None:
-        """Says that so many rounds have been applied, or waits until the one that applies does."""
-        done = np.array([rounds], np.uint64)
+    def prepare(self, rounds: int) -> None:
+        """Says that so many rounds have been applied, or waits until rank 0 does."""
+        self._rounds = rounds
         if self._leads:
-            self._native.post(self._signal, self._word, self._index, done)
-            return
-        reached = self._native.Waited.REACHED
-        while reached is not self._native.wait(
-            self._signal, self._word, self._index, done, 0, 0, 0, _SLICE_NS
+            self._post(self._applied, rounds)
+        else:
+            self._wait(self._applied, self._leader, rounds, spin_us=0)
+
+    def begin(self) -> None:
+        """Says that this rank has begun, or waits until all the others do."""
+        if self._leads:
+            self._wait(self._begun, self._others, self._rounds + 1, spin_us=_SPIN_US)
+        else:
+            self._post(self._begun, self._rounds + 1)
+
+    def _post(self, signal: int, value: int) -> None:
+        self._native.post(signal, self._words, self._own, np.array([value], np.uint64))
+
+    def _wait(self, signal: int, index: NDArray[np.uint32], value: int, *, spin_us: int) -> None:
+        targets = np.full(index.shape, value, np.uint64)
+        while self._native.Waited.REACHED is not self._native.wait(
+            signal, self._words, index, targets, 0, 0, spin_us, _SLICE_NS
         ):
             continue
 
