@@ -56,10 +56,11 @@ def _machine(record: Record) -> str:
         f"{name} {machine[name]}" for name in ("python", "torch", "numpy", "pyzmq")
     )
     changed = " with changes" if record.get("changed") else ""
-    commit = f"commit `{record['commit']}`{changed}" if record.get("commit") else "no commit known"
+    commit = f"commit `{record['commit']}`{changed}"
+    origin = commit if record.get("commit") else f"zps {record.get('version')}"
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
-        f"Linux {machine['kernel']}, {versions}; {commit}"
+        f"Linux {machine['kernel']}, {versions}; {origin}"
     )
 
 
@@ -83,7 +84,7 @@ def goals_table(records: Sequence[Record]) -> Table:
 
 
 def _goal_rows(records: Sequence[Record]) -> list[Cells]:
-    rows = []
+    rows: list[Cells] = []
     for goal, judged in goals.judge(records):
         bound = f"{'≤' if goal.at_most else '≥'} {goal.bound:g}"
         if judged is None:
@@ -155,10 +156,10 @@ def _threads(found: Record) -> str:
 
 
 def _kernels(records: Sequence[Record]) -> str:
-    rows = [
+    rows: list[Cells] = [
         (
             record["what"],
-            record.get("codec", record.get("memory", "")),
+            str(record.get("codec") or record.get("memory")),
             str(record["contributors"]),
             human(record["elements"]),
             f"{record['ratio']:.2f} ({_interval(record)})",
@@ -237,7 +238,7 @@ def _brief(value: Any) -> str:
     return str(value)
 
 
-_NOT_FIGURES = {"bench", "what", "machine", "commit", "changed"}
+_NOT_FIGURES = {"bench", "what", "machine", "version", "commit", "changed"}
 _OTHERS: dict[str, Callable[[Sequence[Record]], str]] = {
     "kernels": _kernels,
     "codecs": _kernels,

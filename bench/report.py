@@ -85,6 +85,7 @@ def facts() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: _version(name) for name in ("torch", "numpy", "pyzmq")},
         },
+        "version": _version("zps-engine"),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "zps", "csrc")),
     }
@@ -97,8 +98,10 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _git(*arguments: str) -> str:
-    here = Path(__file__).parent.parent
+def _git(*arguments: str, here: Path = Path(__file__).parent.parent) -> str:
+    """What git says of this checkout; nothing where zps is installed, maybe in a user's own one."""
+    if not (here / "csrc").exists():
+        return ""
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=here, capture_output=True, text=True, check=True

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from . import harness, report, stats, suites
+from . import goals, harness, report, stats, suites
 from .options import Options
 from .out import Out
 from .peers import problem
@@ -78,7 +78,7 @@ def tell_cpu(case: Case, out: Out) -> None:
         list(np.array([cpu.server_us for cpu in found.cpu]).reshape(-1, 2)) for found in (hub, echo)
     )
     ratio = stats.ratio_of_medians(theirs, ours)
-    goal = report.goals.ratio_goal("rtt", "zps-cpu", Echo.name, case.size, case.world)
+    goal = goals.ratio_goal("rtt", "zps-cpu", Echo.name, case.size, case.world)
     hub_us, echo_us = hub.cpu_us["server"], echo.cpu_us["server"]
     out.show(
         f"processor time of the server a round: hub {hub_us:.0f} µs, echo {echo_us:.0f} µs: "

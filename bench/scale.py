@@ -172,7 +172,7 @@ def off_linear(points: Sequence[Mapping[str, Any]]) -> float:
     A single worker has nobody to wait for: growth is counted from two workers on.
     """
     shared = [p["relative"] for p in points if p["workers"] > 1] or [1.0]
-    return round(max(shared) / shared[0] - 1, 3)
+    return float(round(max(shared) / shared[0] - 1, 3))
 
 
 def _told(point: Point, smallest: Point, run: Run) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from .peers import problem
 from .peers import team as teams_of
 from .peers.base import BenchError
 from .peers.problem import Array
-from .peers.team import Team
+from .peers.team import Samples, Team
 from .peers.zps_round import Zps
 
 SIZE, WORKERS = 1_000_000, 2
@@ -115,7 +115,7 @@ def watch(team: Team, seconds: float, tick: Callable[[str], None]) -> list[Look]
     looks: list[Look] = []
     rounds, a_block = 0, 10
     while len(looks) < _LEAST_LOOKS or time.monotonic() - began < seconds:
-        others, parts = harness.Others(team), []
+        others, parts = harness.Others(team), list[Samples]()
         until = time.monotonic() + every
         while not parts or time.monotonic() < until:
             parts.append(team.run(a_block).samples)

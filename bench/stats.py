@@ -72,7 +72,7 @@ def _picks(
 ) -> Sequence[Indices]:
     """The cycles of each draw."""
     if len(groups) == 1:
-        return generator.integers(len(groups[0]), size=(draws, len(groups[0])))
+        return list(generator.integers(len(groups[0]), size=(draws, len(groups[0]))))
     return [
         np.concatenate([generator.choice(groups[g], size=len(groups[g])) for g in drawn])
         for drawn in generator.integers(len(groups), size=(draws, len(groups)))
@@ -81,11 +81,11 @@ def _picks(
 
 def _medians(cycles: Sequence[Samples], picks: Sequence[Indices]) -> Samples:
     """(draws,): the median of what each draw has picked."""
-    if len({len(cycle) for cycle in cycles}) == 1 and isinstance(picks, np.ndarray):
+    if len({len(cycle) for cycle in cycles}) == len({len(pick) for pick in picks}) == 1:
         table = np.stack(cycles)
         # As many draws at a time as fit into cache: a table of all of them may be a gigabyte.
         step = max(1, _AT_A_TIME // table.size)
-        parts = [picks[at : at + step] for at in range(0, len(picks), step)]
+        parts = [np.stack(picks[at : at + step]) for at in range(0, len(picks), step)]
         return np.concatenate(
             [np.median(table[part].reshape(len(part), -1), axis=1) for part in parts]
         )

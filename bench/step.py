@@ -93,7 +93,7 @@ def check_weights(teams: Mapping[str, Team], world: int, size: int, seed: int) -
 
 def _fitting(peers: list[type[Peer]], size: int, world: int) -> tuple[list[type[Peer]], list[str]]:
     """Those that fit into memory together, and a line about each that does not."""
-    kept, notes = list(peers), []
+    kept, notes = list(peers), list[str]()
     while kept:
         try:
             harness.require_memory(kept, size, world, payload_bytes=4 * size)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bench.report import table
+from pathlib import Path
+
+from bench.report import _git, table
 from tests.bench.samples import SIZE, case, told
 
 
@@ -33,3 +35,8 @@ def test_the_table_has_a_row_for_each_participant_and_a_column_for_each_subject(
     shown = table(case(zps=100.0, zps_grad=200.0, gloo=600.0))
     assert shown.row_count == 3
     assert [str(column.header) for column in shown.columns][-2:] == ["÷ zps", "÷ zps-grad"]
+
+
+def test_the_commit_of_a_repository_that_zps_is_only_installed_in_is_not_told() -> None:
+    root = Path(__file__).parent.parent.parent
+    assert _git("rev-parse", "HEAD", here=root / "docs") == ""
