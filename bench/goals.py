@@ -83,14 +83,20 @@ GOALS: tuple[Goal, ...] = (
         workers=(2,),
     ),
     Goal(
-        *("1 K round ÷ raw pyzmq ipc round trip", "rtt", "zps", 1.2, "echo"),
+        *("1 K round, n = 2 ÷ raw pyzmq ipc round trip", "rtt", "zps", 1.2, "echo"),
         at_most=True,
-        workers=(1,),
+        workers=(2,),
     ),
     Goal(
-        *("hub's processor time, 1 K round ÷ bare ROUTER echo", "rtt", "zps-cpu", 3.0, "echo"),
+        *(
+            "hub's processor time, 1 K round, n = 2 ÷ bare ROUTER",
+            "rtt",
+            "zps-cpu",
+            3.0,
+            "echo",
+        ),
         at_most=True,
-        workers=(1,),
+        workers=(2,),
     ),
     Goal(
         *("training step, zps ÷ DDP", "train", "zps", 0.65, "ddp"),

@@ -2,10 +2,10 @@
 
     python -m bench rtt [-n 1,2]
 
-`zps` pushes 1,000 parameters and waits for the new weights. `echo` sends 64 bytes to a ROUTER that
-sends them back, with one socket on each side and nothing between: no framework on pyzmq can have
-less. Beside the time, the processor time of the two servers is compared: what a round takes from
-the cores that workers would use.
+In `zps` each worker pushes 1,000 parameters and waits for the new weights. `echo` is one process,
+whatever the number of workers, that sends 64 bytes to a ROUTER and gets them back: no message of
+pyzmq's can have less. Beside the time, the processor time of the two servers is compared: what a
+round takes from the cores that workers would use.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from . import goals, harness, report, stats, suites
+from .harness import Entry
 from .options import Options
 from .out import Out
 from .peers import problem
@@ -32,7 +33,7 @@ _CHECKED_ROUNDS = 5
 def prepare(options: Options) -> suites.Job:
     """1,000 parameters with each number of workers; other sizes are not for this suite."""
     chosen, notes = harness.choose(options.peers, PEERS)
-    worlds = options.workers or options.by_level((1,), (1, 2), (1, 2, 4))
+    worlds = options.workers or options.by_level((2,), (1, 2), (1, 2, 4))
 
     def job(out: Out) -> None:
         for note in notes:
@@ -48,7 +49,7 @@ def measure(peers: list[type[Peer]], world: int, options: Options, out: Out) -> 
     plan, restarts = options.plan, options.restarts
     with out.progress(harness.ticks(len(peers), plan, restarts)) as tick:
         run = harness.compare(
-            harness.entries(peers, world, SIZE),
+            [Entry(peer.name, peer, 1 if peer is Echo else world, SIZE) for peer in peers],
             *(plan, restarts, options.seed, tick),
             check=lambda teams: check(teams, world, options.seed),
         )

@@ -25,10 +25,13 @@ from .peers.mpi import Mpi
 from .peers.ray_actor import RayActor
 from .peers.rpc import Rpc
 from .peers.team import Team
-from .peers.zps_round import Zps, ZpsGrad, ZpsTcp
+from .peers.zps_round import Zps, ZpsAllow, ZpsGrad, ZpsTcp
 from .report import Case
 
-PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, ZpsTcp, Kernel, Gloo, Mpi, Rpc, RayActor, Hivemind)
+PEERS: tuple[type[Peer], ...] = (
+    *(Zps, ZpsAllow, ZpsGrad, ZpsTcp),
+    *(Kernel, Gloo, Mpi, Rpc, RayActor, Hivemind),
+)
 QUICK_PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, Kernel, Gloo, Mpi)
 SIZES = (1_000, 1_000_000, 25_000_000)
 _QUICK_SIZES = (1_000_000,)

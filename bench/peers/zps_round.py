@@ -97,6 +97,19 @@ class ZpsGrad(Zps):
         self._worker.push({"w": self._grad}).wait()
 
 
+class ZpsAllow(Zps):
+    """As the rivals do it, which send what they are given: nobody looks for NaN."""
+
+    name: ClassVar[str] = "zps-allow"
+    about: ClassVar[str] = "zps in bsp, in place, without the look for NaN (ZPS_NONFINITE=allow)"
+
+    @classmethod
+    def connect(cls, seat: Seat) -> zps.Worker:
+        import zps
+
+        return zps.Worker(seat.address, rank=seat.rank, world_size=seat.world, nonfinite="allow")
+
+
 class ZpsTcp(Zps):
     """Gradients and weights are messages over loopback, as between two hosts."""
 

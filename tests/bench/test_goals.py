@@ -23,8 +23,8 @@ def test_a_ratio_is_held_against_the_goal_for_its_size_and_workers() -> None:
 
 
 def test_a_goal_of_at_most_is_told_in_its_own_direction() -> None:
-    record = told("rtt", 1000, 1, zps=150.0, echo=100.0)
-    one = found("1 K round ÷ raw pyzmq", judge(record))
+    record = told("rtt", 1000, 2, zps=150.0, echo=100.0)
+    one = found("1 K round, n = 2 ÷ raw pyzmq", judge(record))
     assert one is not None
     assert (round(one.value, 2), one.met) == (1.5, False)
     assert one.interval is not None

@@ -13,7 +13,7 @@ from tests.bench.samples import BREAKDOWN, CONVERGE, SOAK, kernel, scale, told
 RECORDS: list[Record] = [
     *told(zps=100.0, zps_grad=200.0, gloo=700.0),
     *told(size=1000, zps=10.0, zps_grad=12.0, gloo=70.0),
-    *told("rtt", 1000, 1, zps=15.0, echo=10.0),
+    *told("rtt", 1000, 2, zps=15.0, echo=10.0),
     {"bench": "rtt", "what": "zps-cpu", "server_us": 5.0},
     kernel(1),
     kernel(2),
@@ -72,7 +72,7 @@ def test_every_plot_is_drawn_when_there_is_something_to_show(tmp_path: Path) -> 
     pytest.importorskip("matplotlib")
     drawn = plots.draw(RECORDS, tmp_path)
     assert {path.stem for path in drawn} == {
-        *("time-step-n2", "latency-step-n2", "latency-rtt-n1", "roofline", "breakdown"),
+        *("time-step-n2", "latency-step-n2", "latency-rtt-n2", "roofline", "breakdown"),
         *("loss-by-time", "loss-by-bytes", "scale-workers", "soak-zps"),
     }
     assert all(path.stat().st_size > 5000 for path in drawn)
