@@ -71,7 +71,8 @@ class Tracer:
         """
         if self._path is None or not self._spans:
             return
-        spans, self._spans = self._spans, deque(maxlen=_KEEP)
+        spans = list(self._spans)  # another thread may be in one: it keeps what it adds to
+        self._spans.clear()
         target = self._path.with_suffix(f".{self._role}{number}.json")
         pid = os.getpid()
         who = {"name": f"{self._role} {number}"}

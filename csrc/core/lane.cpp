@@ -23,8 +23,15 @@ bool in_range(double weight) { return weight >= 1e-30 && weight <= 1e30; }
 /// Reads what is in the pipe, which says no more than that somebody has rung.
 void drain(int doorway) {
   char words[4096];
-  while (read(doorway, words, sizeof words) == static_cast<ssize_t>(sizeof words)) {
+  for (int most = 16; most > 0; --most) {  // as much as a pipe holds: it may be filled meanwhile
+    if (read(doorway, words, sizeof words) < static_cast<ssize_t>(sizeof words)) return;
   }
+}
+
+/// relaxed: ordered by the acquire of `rung`, and only a copy is judged
+template <class T>
+T copy_of(const std::atomic<T>& word) {
+  return word.load(std::memory_order_relaxed);
 }
 
 }  // namespace
@@ -83,14 +90,16 @@ Lane::Look Lane::look(std::uint64_t round) {
 /// Takes a copy of a push, and judges that; false for one that the interpreter has to judge.
 bool Lane::take(const Member& member, std::uint64_t round, std::uint64_t rung, Ring& ring) const {
   const Bell& bell = *member.bell;
-  ring = {rung, bell.samples, bell.grad_scale};
-  if (rung >= kMostSeq || bell.after > member.heard) return false;
-  if (bell.round != round || bell.flags != kFinite) return false;
+  ring = {rung, copy_of(bell.samples), copy_of(bell.grad_scale)};
+  if (rung >= kMostSeq || copy_of(bell.after) > member.heard) return false;
+  if (copy_of(bell.round) != round || copy_of(bell.flags) != kFinite) return false;
   if (!in_range(ring.samples) || !in_range(ring.samples / ring.grad_scale)) return false;
-  const auto* bases = reinterpret_cast<const std::uint64_t*>(&bell + 1);
+  const auto* bases = reinterpret_cast<const Word64*>(&bell + 1);
   for (std::size_t i = 0; i < buckets_.size(); ++i) {
     // relaxed: the hub alone writes it
-    if (bases[i] != buckets_[i].job->seq()->load(std::memory_order_relaxed) >> 1) return false;
+    if (copy_of(bases[i]) != buckets_[i].job->seq()->load(std::memory_order_relaxed) >> 1) {
+      return false;
+    }
   }
   return true;
 }

@@ -2,6 +2,7 @@
 // They go by without the interpreter, until there is something to decide.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -17,14 +18,14 @@ namespace zps {
 /// there may change at any time.
 struct Bell {
   Word64 rung;
-  std::uint64_t after;
-  std::uint64_t round;
-  double samples;
-  double grad_scale;
-  std::uint64_t flags;
-  std::uint64_t unused[2];
+  Word64 after;
+  Word64 round;
+  std::atomic<double> samples;
+  std::atomic<double> grad_scale;
+  Word64 flags;
+  Word64 unused[2];
 };
-static_assert(sizeof(Bell) == 64);
+static_assert(sizeof(Bell) == 64 && std::atomic<double>::is_always_lock_free);
 
 class Lane {
  public:

@@ -17,6 +17,18 @@ def wait_until_awaited(driver: Driver, ranks: list[int]) -> None:
     until(lambda: driver.ask("stats")["waiting_for"] == ranks, f"the hub waits for {ranks}")
 
 
+def test_who_is_waited_for_is_known_at_once(hubs):
+    with lives(hubs.start().address, 3) as drivers:
+        for driver in drivers:
+            driver.begin("train", 20)
+        for driver in drivers:
+            driver.answer()
+        for driver in drivers[:2]:
+            driver.ask("push")
+        assert drivers[0].ask("stats")["waiting_for"] == [2]
+        drivers[2].ask("push")
+
+
 # --- shrink -------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import torch
 from tests.hub.pair import LR, SHAPES, Pair
 from tests.hub.raw import Raw
 from zps import native
+from zps.errors import WaitTimeout
 from zps.memory.bell import Bell, Knocker, Ring
 from zps.memory.segment import Segment, SegmentRef
 from zps.wire import messages as m
@@ -24,7 +25,7 @@ BUCKETS = 3
 class Ringer:
     """The raw peer's bell."""
 
-    def __init__(self, raw: Raw, attach: m.Attach):
+    def __init__(self, raw: Raw, attach: m.Attach, rank: int = 1):
         assert attach.bell is not None
         assert attach.doorway is not None
         at = attach.bell
@@ -32,7 +33,7 @@ class Ringer:
         self.bell = Bell(
             Segment.attach(SegmentRef(at.pid, at.fd, at.nbytes), writable=True), BUCKETS
         )
-        self.knocker = Knocker(at.pid, attach.doorway, rank=1)
+        self.knocker = Knocker(at.pid, attach.doorway, rank)
 
     def write(self, bases: list[int], **changes: Any) -> None:
         """Lay a push, an honest one but for `changes`."""
@@ -54,9 +55,8 @@ def ringer(pair: Pair) -> Iterator[Ringer]:
 
 def updates(raw: Raw) -> int:
     """How many buckets the hub has updated, as the raw peer hears."""
-    raw.send(raw.header("stats"))
-    raw.expect(m.Ok)
-    return m.unpack(raw.payload[0])["counters"]["updates"]
+    updates: int = raw.stats()["counters"]["updates"]
+    return updates
 
 
 def test_a_ring_is_a_push_of_every_bucket(pair: Pair, ringer: Ringer) -> None:
@@ -151,3 +151,33 @@ def test_whatever_is_written_to_the_doorway_does_no_harm(pair: Pair, ringer: Rin
         os.write(rubbish, struct.pack("<III", 0, 2**32 - 1, 77) + b"\0")
         os.close(rubbish)
         updates(pair.raw)
+
+
+def test_a_ring_before_the_job_has_begun_is_refused_each_time(hub: str) -> None:
+    with Raw(hub) as raw:
+        raw.greet(rank=0, world_size=2)
+        raw.send(*raw.declaration(SHAPES, "sgd", {"lr": LR}))
+        early = Ringer(raw, raw.expect(m.Attach), rank=0)
+        for _ in range(3):
+            early.ring([0] * BUCKETS)
+            assert raw.expect(m.Refuse).code == "not_formed"
+        assert raw.stats()["versions"] == 0
+        early.knocker.close()
+
+
+def test_a_bell_that_stays_bad_does_not_keep_the_hub_busy(pair: Pair, ringer: Ringer) -> None:
+    for _ in range(3):  # it has been an ordinary one before
+        pair.finish_round(lambda: ringer.ring([pair.round] * BUCKETS))
+    ringer.ring([pair.round] * BUCKETS, round=2**48)
+    work = pair.worker.push({name: torch.ones(shape) for name, shape in SHAPES.items()})
+    with pytest.raises(WaitTimeout):
+        work.wait(1.0)
+    refusals = 0
+    while pair.raw.socket.poll(0):
+        pair.raw.expect(m.Refuse)
+        refusals += 1
+    assert 1 <= refusals < 20  # one every half second, and one for each message
+    native.store_u64(ringer.bell.address, 0)
+    buckets = list(range(BUCKETS))
+    pair.raw.send(pair.raw.push(round=pair.round, buckets=buckets, bases=[pair.round] * BUCKETS))
+    work.wait()

@@ -89,3 +89,27 @@ def come_back_as_rank_0(ctx: Context) -> None:
 @pytest.mark.parametrize("hubs", [1, 2])
 def test_a_newcomers_values_count_for_nothing_even_as_rank_0(run: Any, hubs: int) -> None:
     run(come_back_as_rank_0, hubs=hubs)
+
+
+def train_by_other_hypers(ctx: Context) -> list[float]:
+    """Rank 0, by whose hyperparameters rounds go, has no momentum; rank 1 has."""
+    worker = ctx.worker()
+    momentum = {"momentum": 0.5} if ctx.rank else {}
+    worker.declare({"w": torch.zeros(1)}, "sgd", lr=1.0, **momentum)
+    worker.push({"w": torch.ones(1)}).wait()
+    ctx.meet()
+    if ctx.rank == 0:
+        worker.close()
+        ctx.tell(1)
+        return []
+    ctx.hear(0)
+    seen = []
+    for _ in range(3):
+        worker.push({"w": torch.ones(1)}).wait()
+        worker.pull()
+        seen.append(worker.weights("w").item())
+    return seen
+
+
+def test_state_is_there_for_whoever_is_left(run: Any) -> None:
+    assert run(train_by_other_hypers)[1] == [-2.0, -3.5, -5.25]

@@ -16,15 +16,12 @@ from zps.hub.roster import Roster
 from zps.hub.store import Hypers, Pushed
 from zps.trace import Tracer
 
-TakesPart = Callable[[Job, Peer], Pushed]
-"""A push of every bucket by this worker, as it would be if it were an ordinary one."""
-
 
 class Express:
     """The express rounds of one job.
 
-    template  see `TakesPart`
-    doorway   the pipe whose words say that somebody has rung
+    plain    a push of every bucket by this worker, with nothing to tell: see `Pushes.plain`
+    doorway  the pipe whose words say that somebody has rung
     """
 
     def __init__(
@@ -34,14 +31,14 @@ class Express:
         pool: native.Pool,
         tracer: Tracer,
         *,
-        template: TakesPart,
+        plain: Callable[[Peer], Pushed],
         doorway: int,
     ):
         self._job = job
         self._roster = roster
         self._pool = pool
         self._tracer = tracer
-        self._template = template
+        self._plain = plain
         self._doorway = doorway
         self._lane: native.Lane | None = None
         self._made_for: tuple[int, ...] = ()
@@ -76,7 +73,7 @@ class Express:
         return left
 
     def _members(self) -> list[Peer]:
-        """Everyone, in rank order; nobody unless all that each did last was to ring."""
+        """Everyone, in rank order; nobody unless what each pushed last was an ordinary ring."""
         peers = []
         for rank in self._job.engine.rounds.members:
             peer = self._roster.of_rank(rank)
@@ -92,7 +89,7 @@ class Express:
         made_for = (self._job.engine.applied, *(peer.session for peer in peers))
         hypers = peers[0].hypers  # the lowest rank's are those of the round
         if self._lane is None or made_for != self._made_for or hypers is not self._hypers:
-            jobs, steps = store.whole_round([self._template(self._job, peer) for peer in peers])
+            jobs, steps = store.whole_round([self._plain(peer) for peer in peers])
             members = [
                 (peer.bell.address, control.done_address(peer.rank)) for peer in peers if peer.bell
             ]

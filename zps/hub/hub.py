@@ -8,13 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import zmq
-from numpy.typing import NDArray
 
 from zps import native
 from zps.codec.plan import Plan
@@ -27,9 +26,10 @@ from zps.hub.docket import Findings
 from zps.hub.engine import Engine, Policy
 from zps.hub.express import Express
 from zps.hub.job import Declaration, Job, Peer, Refused, ResolveRule
+from zps.hub.pushes import Pushes
 from zps.hub.roster import Roster
-from zps.hub.store import Hypers, Pushed, Store
-from zps.memory.bell import Bell, Doorway, Ring
+from zps.hub.store import Store
+from zps.memory.bell import Bell, Doorway
 from zps.memory.control import Control
 from zps.memory.segment import Segment, private_bytes
 from zps.trace import Tracer
@@ -40,13 +40,10 @@ log = logging.getLogger("zps.hub")
 
 Watched = int | zmq.Socket[bytes]
 
-N = TypeVar("N", bound=np.integer[Any])
-
 _BEAT_S = 0.5
 _POLL_BACKLOG_MS = 10
 _PARTING_S = 0.1
 _TURN_MESSAGES = 256  # a peer that never stops sending does not keep the others from their updates
-_PLAIN = Ring(seq=0, after=0, round=0, samples=1.0, grad_scale=1.0, finite=True, hold=False)
 _PROBE_BYTES = memoryview(bytes(m.MAX_PROBE_BYTES))  # one for all: answers not read take no memory
 _MAX_TEXT = 700  # a header holds 4 KiB, and a character up to 4 bytes
 
@@ -127,6 +124,7 @@ class Hub:
         self._roster = Roster(self.settings)
         self._job: Job | None = None
         self._courier: Courier | None = None
+        self._pushes: Pushes | None = None
         self._express: Express | None = None
         self._collective: dict[str, dict[int, int]] = {"publish": {}, "barrier": {}}
         self._awaiting_rank0: list[tuple[Peer, m.Declare, Sequence[Frame]]] = []
@@ -145,9 +143,8 @@ class Hub:
             return False
         elsewhere = [int(socket.getsockopt(zmq.FD)) for socket in sockets]
         elsewhere += [fd for fd in self._watches if isinstance(fd, int)]
-        left = express.run(elsewhere, _BEAT_S)
-        if left in (native.Left.ELSEWHERE, native.Left.UNUSUAL):
-            self._knocked |= {peer.rank for peer in self._roster}  # what they rang comes first
+        express.run(elsewhere, _BEAT_S)
+        self._look_at_bells()  # the lane has taken the knocks; and what they rang comes first
         return True
 
     def _serve(self, messages: int) -> None:
@@ -164,6 +161,11 @@ class Hub:
         if self._knocked:
             self._answer_knocks()
         self._flush()
+
+    def _look_at_bells(self) -> None:
+        """Whether somebody has knocked or not."""
+        self._knocked |= {peer.rank for peer in self._roster}
+        self._answer_knocks()
 
     def _answer_knocks(self) -> None:
         knocked, self._knocked = self._knocked, set()
@@ -203,7 +205,8 @@ class Hub:
         if self._job is not None:
             self._job.control.beat(time.monotonic_ns())
         if not looked:
-            self._knocked |= {peer.rank for peer in self._roster}  # a knock may have been lost
+            self._look_at_bells()  # a knock may have been lost
+            self._flush()
         for rank, deadline in self._replace_by.items():
             if now > deadline:
                 self.stop(f"no replacement for rank {rank} came in {self.settings.timeout_s:g} s")
@@ -225,6 +228,7 @@ class Hub:
             self._job.close()
         self._router.close()
         self._doorway.close()
+        self._express = None  # it holds the pool
         self._pool.close()
 
     def _write_trace(self, job: Job) -> None:
@@ -285,7 +289,7 @@ class Hub:
 
     def _dispatch(self, peer: Peer, message: m.Sessioned, payload: Sequence[Frame]) -> None:
         if isinstance(message, m.Push):
-            self._on_push(peer, message, payload)
+            self._formed(peer).message(peer, message, payload)
             return
         if isinstance(message, m.Data):
             with self._tracer.span("decide"):
@@ -365,27 +369,8 @@ class Hub:
             self._awaiting_rank0.append((peer, message, payload))  # rank 0's model is the model
             return
         if self._job is None:
-            self._job = self._open_job(declared, f"rank {peer.rank}")
-            self._courier = Courier(
-                self._job,
-                self._roster,
-                self._router,
-                budget=self.settings.hub_buffer_bytes,
-                in_step=self.settings.mode == "bsp" and self.settings.quorum == 1,
-                way_back=Plan.build(
-                    self._job.layout,
-                    self.settings.pull_codecs,
-                    self.settings.compression_min_bytes,
-                ),
-            )
-            self._express = Express(
-                self._job,
-                self._roster,
-                self._pool,
-                self._tracer,
-                template=self._plain_push,
-                doorway=self._doorway.inner,
-            )
+            self._open_job(declared, f"rank {peer.rank}")
+            assert self._job is not None
         self._job.check_same(declared, f"rank {peer.rank}")
         if peer.declared:  # it asks again, because the answer came too late for it
             _check_repeated(peer, declared, shared=message.shared)
@@ -403,11 +388,12 @@ class Hub:
             self._asked = declare.seq
             self._guarded(other.route, partial(self._on_declare, other, declare, frames))
 
-    def _open_job(self, declared: Declaration, who: str) -> Job:
+    def _open_job(self, declared: Declaration, who: str) -> None:
+        settings, tracer = self.settings, self._tracer
         try:
             job = Job.open(
                 declared,
-                self.settings,
+                settings,
                 epoch=self._roster.epoch,
                 world_size=self._roster.world_size,
                 who=who,
@@ -422,7 +408,22 @@ class Hub:
             self._awaiting_rank0.clear()
             raise
         job.control.beat(time.monotonic_ns())
-        return job
+        back = Plan.build(job.layout, settings.pull_codecs, settings.compression_min_bytes)
+        self._job = job
+        self._courier = Courier(
+            job,
+            self._roster,
+            self._router,
+            budget=settings.hub_buffer_bytes,
+            in_step=settings.mode == "bsp" and settings.quorum == 1,
+            way_back=back,
+        )
+        self._pushes = Pushes(job, self._courier, tracer, keeps_base=self._keeps_base)
+        self._express = Express(
+            *(job, self._roster, self._pool, tracer),
+            plain=self._pushes.plain,
+            doorway=self._doorway.inner,
+        )
 
     def _make_engine(self, declared: Declaration, control: Control, policy: Policy) -> Engine:
         rule = self._resolve_rule(declared.rule)
@@ -457,6 +458,7 @@ class Hub:
             peer.base = private_bytes(job.layout.arena_bytes, f"what rank {peer.rank} holds")
 
     def _attach(self, job: Job, peer: Peer, declared: Declaration) -> None:
+        job.store.ensure_state(declared.hypers)  # may refuse, before anything is changed
         peer.declared = True
         peer.hypers = peer.first_hypers = declared.hypers
         self._roster.members.declared(peer.rank)
@@ -511,106 +513,37 @@ class Hub:
 
     # --- rounds -------------------------------------------------------------------------------
 
-    def _on_push(self, peer: Peer, push: m.Push, payload: Sequence[Frame]) -> None:
-        job = self._formed(peer)
-        payload, inline = payload[: push.hypers + push.absent], payload[push.hypers + push.absent :]
-        self._check_push(job, peer, push, payload)
-        absent = _array(payload[-1], np.uint32).tolist() if push.absent else ()
-        peer.rings = False
-        hypers = job.new_hypers(bytes(payload[0])) if push.hypers else peer.hypers
-        assert hypers is not None
-        pushed = self._pushed(job, peer, push, hypers, frozenset(absent))
-        if peer.slots is not None and inline:
-            raise ProtocolError("a push with a payload, from a worker that shares its memory")
-        with self._tracer.span("decide"):
-            if peer.slots is None:
-                self._remote(peer).push(peer, pushed, push, inline)
-            else:
-                job.engine.push(pushed, push.buckets, push.bases)
-        peer.hypers = hypers
-
     def _take_ring(self, peer: Peer) -> None:
         """Take the push that lies in a worker's bell, if it is a new one and its turn has come."""
         bell = peer.bell
         if bell is None or bell.rung <= peer.last_seq:
             return
+        peer.rings = False  # until it is known to be an ordinary one
+        self._asked = None
         with self._tracer.span("recv"):
             ring, bases = bell.read()
+        if ring.seq <= peer.last_seq:
+            return  # it has changed under the reader
         if ring.after > peer.heard:
             self._knocked.add(peer.rank)  # a message that it sent before is still on its way
             return
         self._asked = peer.last_seq = peer.heard = ring.seq
-        peer.rings = True
-        job = self._formed(peer)
-        _check_weights(ring.samples, ring.grad_scale)
-        self._check_free(job, peer, range(len(bases)))
-        assert peer.hypers is not None
-        with self._tracer.span("decide"):
-            job.engine.push(self._pushed(job, peer, ring, peer.hypers), range(len(bases)), bases)
+        self._formed(peer).ring(peer, ring, bases)
 
-    def _plain_push(self, job: Job, peer: Peer) -> Pushed:
-        assert peer.hypers is not None
-        return self._pushed(job, peer, _PLAIN, peer.hypers)
-
-    def _formed(self, peer: Peer) -> Job:
-        """The job of a peer that pushes."""
-        job = self._declared(peer)
+    def _formed(self, peer: Peer) -> Pushes:
+        """Where a peer's pushes go. Raises Refused before the job has begun."""
+        self._declared(peer)
+        assert self._pushes is not None
         peer.at_work = True
         if not self._roster.formed:
             raise Refused("not_formed", "a push before the initial weights were published")
-        return job
-
-    def _pushed(
-        self,
-        job: Job,
-        peer: Peer,
-        push: m.Push | Ring,
-        hypers: Hypers,
-        absent: frozenset[int] = frozenset(),
-    ) -> Pushed:
-        slots, base = peer.slots, 0
-        if self._keeps_base:
-            base = slots.address + job.store.plan.total_bytes if slots else peer.base_address
-        return Pushed(
-            rank=peer.rank,
-            session=peer.session,
-            round=push.round,
-            seq=push.seq,
-            slots=slots.bytes if slots else None,
-            slots_address=slots.address if slots else 0,
-            base_address=base,
-            samples=push.samples,
-            grad_scale=push.grad_scale,
-            finite=push.finite,
-            hold=push.hold,
-            absent=absent,
-            hypers=hypers,
-            remote=slots is None,
-            base=peer.base,
-        )
+        return self._pushes
 
     def _remote(self, peer: Peer) -> Courier:
         self._declared(peer)
         if peer.slots is not None or self._courier is None:
             raise ProtocolError(f"rank {peer.rank} shares the hub's memory: it sends no payload")
         return self._courier
-
-    def _check_push(self, job: Job, peer: Peer, push: m.Push, payload: Sequence[Frame]) -> None:
-        if len(payload) != push.hypers + push.absent or len(push.buckets) != len(push.bases):
-            raise ProtocolError("a push whose frames do not match its header")
-        if push.absent and len(payload[-1]) > 4 * len(job.layout.params):
-            raise ProtocolError("a push with more absent parameters than there are")
-        _check_weights(push.samples, push.grad_scale)
-        if len(set(push.buckets)) != len(push.buckets):
-            raise ProtocolError("a push names a bucket twice")
-        self._check_free(job, peer, push.buckets)
-
-    def _check_free(self, job: Job, peer: Peer, buckets: Iterable[int]) -> None:
-        for bucket in buckets:
-            assert self._courier is not None
-            open_ = self._courier.is_open(peer.session, bucket)
-            if open_ or job.engine.slot_busy(peer.session, bucket):
-                raise Refused("slot_busy", f"bucket {bucket} was pushed again before it was taken")
 
     def _ask(self, job: Job) -> None:
         """Tell the workers what is known here of rounds on hold: they see all hubs."""
@@ -690,7 +623,7 @@ class Hub:
 
     def _on_set_steps(self, peer: Peer, message: m.SetSteps, payload: Sequence[Frame]) -> None:
         job = self._declared(peer)
-        job.store.set_steps(_array(_only(payload), np.int64))
+        job.store.set_steps(m.array(_only(payload), np.int64))
         self._reply(peer, m.Ok(seq=message.seq))
 
     def _on_stats(self, peer: Peer, message: m.Stats) -> None:
@@ -748,6 +681,7 @@ class Hub:
     def _lose(self, peer: Peer, why: str) -> None:
         """A worker died: decide by policy who goes on."""
         log.warning("rank %d (process %d) is lost: %s", peer.rank, peer.pid, why)
+        self._guarded(peer.route, partial(self._take_ring, peer))  # what it rang for counts
         self._router.forget(peer.route)
         members, formed = self._roster.members, self._roster.formed
         verdict = members.die(peer.rank)
@@ -819,12 +753,6 @@ class Hub:
             self._router.send(route, refusal)
 
 
-def _check_weights(samples: float, grad_scale: float) -> None:
-    weight = samples / grad_scale if grad_scale > 0 else -1.0
-    if samples != 0 and not (m.in_range(samples) and m.in_range(weight)):
-        raise ProtocolError(f"samples={samples}, grad_scale={grad_scale}")
-
-
 def _check_repeated(peer: Peer, declared: Declaration, *, shared: bool) -> None:
     """Raise Refused if a peer that has declared says something else now.
 
@@ -846,12 +774,6 @@ def _only(payload: Sequence[Frame]) -> Frame:
     if len(payload) != 1:
         raise ProtocolError(f"1 payload frame expected, {len(payload)} came")
     return payload[0]
-
-
-def _array(data: Frame, dtype: type[N]) -> NDArray[N]:
-    if len(data) % np.dtype(dtype).itemsize:
-        raise ProtocolError(f"{len(data)} bytes are no array of {np.dtype(dtype).name}")
-    return np.frombuffer(data, dtype)
 
 
 def _at(segment: Segment) -> m.SegmentAt:

@@ -60,7 +60,7 @@ class Peer:
     first_round: int = 0
     entered: bool = False  # it has been let in, and takes part in rounds
     bell: Bell | None = None  # goes with slots
-    rings: bool = False  # its last push came by the bell
+    rings: bool = False  # its last push came by the bell, and had no more to say
     heard: int = 0  # the highest sequence number that has come, in a message or by the bell
     last_seq: int = 0
     last_reply: list[Frame] = field(default_factory=list)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any, Protocol
 
 import numpy as np
@@ -242,7 +243,8 @@ class Store:
             job.divisor = float(len(counted))
         else:
             job.scales = [c.samples / c.grad_scale for c in counted]
-            job.divisor = sum(c.samples for c in counted)
+            # Not `sum`, which from Python 3.12 on rounds better than the lane does.
+            job.divisor = reduce(add, [c.samples for c in counted])
         job.hypers = first.hypers.packed
         np.add(bucket.steps, present, out=bucket.next_steps)
         if present is not bucket.all_present:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgpack
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zps.errors import ProtocolError
@@ -331,6 +333,7 @@ _MODELS: dict[str, type[Message]] = {
 }
 
 M = TypeVar("M", bound=Message)
+N = TypeVar("N", bound=np.integer[Any])
 
 
 def encode(message: Message) -> bytes:
@@ -406,3 +409,10 @@ def unpack(
         raise
     except Exception as error:  # msgpack raises a dozen kinds for hostile bytes
         raise ProtocolError(f"not MessagePack as zps writes it: {error}") from None
+
+
+def array(data: bytes | memoryview, dtype: type[N]) -> NDArray[N]:
+    """The bytes of a payload frame as an array over them. Raises ProtocolError."""
+    if len(data) % np.dtype(dtype).itemsize:
+        raise ProtocolError(f"{len(data)} bytes are no array of {np.dtype(dtype).name}")
+    return np.frombuffer(data, dtype)

@@ -170,7 +170,6 @@ class Session:
         """Send without waiting for an answer; raises HubLost when the hub takes nothing."""
         frames = [m.encode(message), *payload]
         with self._lock:
-            self.sent = message.seq
             waited = 0.0
             while not self._dealer.try_send(frames):
                 self._dealer.socket.poll(100, zmq.POLLOUT)
@@ -178,6 +177,7 @@ class Session:
                 waited += 0.1
                 if waited > self.settings.timeout_s:
                     raise HubLost(f"the hub at {self.address} took no message for {waited:.0f} s")
+            self.sent = message.seq
             self._rouse()
 
     def request(
@@ -373,6 +373,8 @@ class Session:
             raise HubLost(f"{self._closed}. If the hub lives, it has given this worker up.")
         if readable(self._pidfd, patience_s):
             with self._lock:
+                if self._dealer.socket.closed:  # by another thread, and the descriptor with it
+                    raise Closed(f"rank {self.rank} is closed: {self._closed}")
                 self._hear_out()
             home = home_of(self.address)
             if home is not None:
