@@ -1,4 +1,4 @@
-// The only file with Python headers. Addresses arrive as integers that zps/native.py has checked;
+// The only file with Python headers. Addresses arrive as integers that zps/native has checked;
 // whatever touches bulk data or waits releases the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,4 +1,4 @@
-"""native.py refuses what would make the core read or write the wrong memory."""
+"""zps.native refuses what would make the core read or write the wrong memory."""
 
 from __future__ import annotations
 
