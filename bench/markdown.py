@@ -183,7 +183,7 @@ def _scale(records: Sequence[Record]) -> str:
         for record in records
         for point in record["points"]
     ]
-    return _markdown(("part", "", "p50 ms", "time a byte, of the smallest"), rows)
+    return _markdown(("part", "", "p50 ms", "relative to the smallest"), rows)
 
 
 def _soak(records: Sequence[Record]) -> str:

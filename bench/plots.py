@@ -240,7 +240,7 @@ def _scale(_: Figure, axes: Axes, records: list[Record]) -> None:
     axes.minorticks_off()
     axes.set(
         xlabel=record["what"],
-        ylabel="time a byte, of the smallest",
+        ylabel="time over linear growth",
         title=f"growth with {record['what']} (flat is linear)",
     )
 

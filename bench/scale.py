@@ -2,11 +2,10 @@
 
     python -m bench scale [--sizes 1M,10M,100M] [-n 2,4,8,16]
 
-The figure is linearity. A round has to read every worker's gradient (4 bytes a parameter and
-worker) and to read and write weights and momentum (16 bytes): `relative` is the time for each of
-these bytes, over that of the smallest point. 1 is linear growth; less than 1 means that fixed costs
-are shared by more; `off_linear` is the most by which it lies above 1. All points of a part are
-alive together and take turns, so that they are comparable.
+The figure is linearity: `relative` is the time for each parameter, or for each worker, over that of
+the smallest point. 1 is linear growth; less than 1 means that fixed costs are shared by more;
+`off_linear` is the most by which it lies above 1. All points of a part are alive together and take
+turns, so that they are comparable.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from .peers.team import Team
 from .peers.zps_round import Zps
 from .stats import ratio_of_medians
 
-_STATE_BYTES = 16  # weights and momentum of a parameter, each read and written
+EACH = {"parameters": "a parameter", "workers": "a worker", "hubs": "a parameter"}
 _CHECKED_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One participant: parameters, workers and hubs, and the bytes that its rounds must move."""
+    """One participant: parameters, workers and hubs."""
 
     size: int
     workers: int
@@ -45,10 +44,6 @@ class Point:
     def name(self) -> str:
         hubs = f"{self.hubs} hub{'s' if self.hubs > 1 else ''}"
         return f"{harness.human(self.size)}, n = {self.workers}, {hubs}"
-
-    @property
-    def moved_bytes(self) -> int:
-        return self.size * (4 * self.workers + _STATE_BYTES)
 
     @property
     def entry(self) -> Entry:
@@ -144,12 +139,12 @@ def _checking(points: Sequence[Point], seed: int) -> Callable[[Mapping[str, Team
 
 def tell(what: str, points: Sequence[Point], run: Run, out: Out) -> None:
     """The table and the record of one part."""
-    told = [_told(point, points[0], run) for point in points]
+    told = [_told(what, point, points[0], run) for point in points]
     table = Table(
         title=f"scale: {what}",
         caption=f"other processes used {run.other_cpu:.0%} of the cores",
     )
-    for title in ("", "p50 ms", "cpu ms", "ns / parameter", "time a byte, of the smallest"):
+    for title in ("", "p50 ms", "cpu ms", "ns / parameter", f"time {EACH[what]}, of the smallest"):
         table.add_column(title, justify="right" if table.columns else "left")
     for row in told:
         low, high = row["relative_ci95"]
@@ -167,7 +162,7 @@ def tell(what: str, points: Sequence[Point], run: Run, out: Out) -> None:
 
 
 def off_linear(points: Sequence[Mapping[str, Any]]) -> float:
-    """By how much the dearest byte is dearer than the smallest point's, as a share of it.
+    """By how much the dearest point's relative time is above the smallest's, as a share of it.
 
     A single worker has nobody to wait for: growth is counted from two workers on.
     """
@@ -175,10 +170,11 @@ def off_linear(points: Sequence[Mapping[str, Any]]) -> float:
     return float(round(max(shared) / shared[0] - 1, 3))
 
 
-def _told(point: Point, smallest: Point, run: Run) -> dict[str, Any]:
+def _told(what: str, point: Point, smallest: Point, run: Run) -> dict[str, Any]:
     own, first = run.measured[point.name], run.measured[smallest.name]
     ratio = ratio_of_medians(own.cycles, first.cycles, restarts=own.restarts)
-    share = smallest.moved_bytes / point.moved_bytes
+    units = [p.workers if what == "workers" else p.size for p in (smallest, point)]
+    share = units[0] / units[1]
     return {
         "name": point.name,
         "size": point.size,

@@ -102,8 +102,17 @@ def test_growth_counts_from_two_workers_on() -> None:
     assert scale.off_linear(points((1, 1.0), (2, 2.0), (4, 2.2))) == 0.1
 
 
-def test_a_point_moves_every_gradient_and_the_state() -> None:
-    assert Point(10, 4, 1).moved_bytes == 10 * (4 * 4 + 16)
+def test_growth_with_workers_is_by_worker(capsys: pytest.CaptureFixture[str]) -> None:
+    points = [Point(1000, 2, 1), Point(1000, 8, 1)]
+    times = (100.0, 440.0)
+    measured = {
+        point.name: Measured([np.full(3, us)] * 2, {})
+        for point, us in zip(points, times, strict=True)
+    }
+    scale.tell("workers", points, Run(measured, 1.0, 0.0), Out())
+    (record,) = records_of(capsys)
+    assert [point["relative"] for point in record["points"]] == [1.0, 1.1]
+    assert record["off_linear"] == 0.1
 
 
 def test_a_job_tells_its_loss_and_the_bytes_of_its_codec() -> None:
