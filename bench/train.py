@@ -24,7 +24,8 @@ from .report import Case
 PEERS: tuple[type[Peer], ...] = (TrainZps, TrainDdp, TrainLocal)
 _QUICK_PEERS: tuple[type[Peer], ...] = (TrainZps, TrainDdp)
 _CHECKED_STEPS = 3
-_WIDTH, _QUICK_WIDTH = 4096, 512
+WIDTH = 4096
+_QUICK_WIDTH = 512
 # Sums run in another order: a few ulp a step, and more where a ReLU is near its edge.
 _RTOL, _ATOL = 1e-4, 1e-6
 
@@ -34,7 +35,7 @@ app = typer.Typer(add_completion=False)
 def prepare(options: Options, width: int | None = None) -> suites.Job:
     """One model, with each number of workers. The sizes of `options` are not for this suite."""
     chosen, notes = suites.participants(options, PEERS, PEERS if width else _QUICK_PEERS)
-    width = width or options.by_level(_QUICK_WIDTH, _WIDTH, _WIDTH)
+    width = width or options.by_level(_QUICK_WIDTH, WIDTH, WIDTH)
     worlds = options.workers or (2,)
     for world in worlds:
         harness.require_memory(chosen, width, world, payload_bytes=4 * parameters(width))
@@ -104,7 +105,7 @@ def main(
             workers=workers,
             peers=peers,
         )
-        prepare(options, width or _WIDTH)(out)
+        prepare(options, width or WIDTH)(out)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bench import goals, markdown
 from bench.goals import GOALS, Goal, Judged, judge
+from bench.train import WIDTH, parameters
 from tests.bench.samples import scale, told
 
 
@@ -60,7 +61,12 @@ def test_every_goal_is_about_a_suite_that_there_is() -> None:
 
 
 def test_the_bound_of_a_table_is_a_ratio_of_the_peer_to_the_subject() -> None:
-    goal = goals.ratio_goal("train", "zps", "ddp", 25_178_112, 2)
+    goal = goals.ratio_goal("train", "zps", "ddp", 25_175_040, 2)
     assert goal is not None
     assert round(goal.least, 3) == round(1 / 0.65, 3)
     assert goals.ratio_goal("train", "zps", "ddp", 1000, 2) is None
+
+
+def test_the_goals_of_training_are_for_the_model_that_is_trained() -> None:
+    (size,) = {size for goal in GOALS if goal.bench == "train" for size in goal.sizes}
+    assert size == parameters(WIDTH)
