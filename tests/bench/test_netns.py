@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,15 +41,29 @@ def devices() -> str:
     return Path("/proc/thread-self/net/dev").read_text()
 
 
+def counted(left: Host, right: Host, nbytes: int) -> tuple[Counters, Counters]:
+    """What both ends count of a stream, once that is the same.
+
+    The last packet, or one of the system's own, may be on its way when it is looked at: after the
+    stream it arrives, before it a second stream is needed.
+    """
+    for _ in range(3):
+        before = left.counters(), right.counters()
+        netns.bandwidth(left, right, nbytes)
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            here, there = left.counters() - before[0], right.counters() - before[1]
+            if here == Counters(
+                there.received_bytes, there.sent_bytes, there.received_packets, there.sent_packets
+            ):
+                return here, there
+    pytest.fail(f"{here} at one end, {there} at the other")
+
+
 def test_what_crosses_the_cable_is_counted_at_both_ends(hosts: tuple[Host, Host]) -> None:
-    left, right = hosts
-    before = left.counters(), right.counters()
-    netns.bandwidth(left, right, 3_000_000)
-    here, there = left.counters() - before[0], right.counters() - before[1]
+    here, there = counted(*hosts, 3_000_000)
     assert 3_000_000 < here.sent_bytes < 3_300_000
-    assert here.sent_bytes == there.received_bytes
-    assert here.received_bytes == there.sent_bytes
-    assert here.bytes < 3_300_000
+    assert here.bytes == there.bytes < 3_300_000
     assert here.packets == there.packets > 10
 
 
