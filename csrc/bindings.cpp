@@ -119,7 +119,7 @@ void bind_lane(py::module_& m) {
       .def("run",
            [](Lane& lane, std::uint64_t round, const std::vector<std::uint64_t>& heard, int doorway,
               const std::vector<int>& elsewhere, std::int64_t timeout_ns) {
-             return static_cast<int>(lane.run(round, heard, doorway, elsewhere, timeout_ns));
+             lane.run(round, heard, doorway, elsewhere, timeout_ns);
            },
            NoGil())
       .def_property_readonly("heard",

@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <utility>
 
 #include "core/clock.h"
@@ -49,8 +48,8 @@ Lane::Lane(Pool& pool, const Kernels& kernels, std::vector<Member> members,
   for (const Bucket& bucket : buckets_) jobs_.push_back(bucket.job);
 }
 
-Lane::End Lane::run(std::uint64_t round, const std::vector<std::uint64_t>& heard, int doorway,
-                    const std::vector<int>& elsewhere, std::int64_t timeout_ns) {
+void Lane::run(std::uint64_t round, const std::vector<std::uint64_t>& heard, int doorway,
+               const std::vector<int>& elsewhere, std::int64_t timeout_ns) {
   for (std::size_t i = 0; i < members_.size(); ++i) members_[i].heard = heard[i];
   times_.clear();
   weighed_.clear();
@@ -59,16 +58,15 @@ Lane::End Lane::run(std::uint64_t round, const std::vector<std::uint64_t>& heard
   const std::int64_t deadline = now_ns() + timeout_ns;
   for (;;) {
     const Look seen = look(round);
-    if (seen == Look::kUnusual) return End::kUnusual;
+    if (seen == Look::kUnusual) return;
     if (seen == Look::kAll) carry_out(round++);
     const std::int64_t left_ns = deadline - now_ns();
-    if (left_ns <= 0) return End::kTimeout;
+    if (left_ns <= 0) return;
     const timespec left = {left_ns / 1'000'000'000, left_ns % 1'000'000'000};
-    const int ready = ppoll(fds.data(), fds.size(), &left, nullptr);
-    if (ready < 0) return errno == EINTR ? End::kInterrupted : End::kElsewhere;
+    if (ppoll(fds.data(), fds.size(), &left, nullptr) < 0) return;  // a signal
     if (fds[0].revents != 0) drain(doorway);
     if (std::any_of(fds.begin() + 1, fds.end(), [](const pollfd& fd) { return fd.revents != 0; })) {
-      return End::kElsewhere;
+      return;
     }
   }
 }

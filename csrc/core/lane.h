@@ -42,8 +42,6 @@ class Lane {
     std::size_t step_count;
   };
 
-  enum class End : int { kElsewhere, kUnusual, kTimeout, kInterrupted };
-
   /// When something happened in a round, in nanoseconds of the monotonic clock.
   struct Times {
     std::int64_t begin, applied, end;
@@ -53,10 +51,11 @@ class Lane {
   Lane(Pool& pool, const Kernels& kernels, std::vector<Member> members,
        std::vector<Bucket> buckets, Word64* closed, Word32* signal, bool divides);
 
-  /// Carries rounds out from `round` on, as long as every member rings for the next one as expected
-  /// and none of `elsewhere`, descriptors, becomes readable. Words from the doorway, a pipe, wake it.
-  /// `heard` has what the hub knows of each member; see `members` for how far they have come.
-  End run(std::uint64_t round, const std::vector<std::uint64_t>& heard, int doorway,
+  /// Carries rounds out from `round` on, until a member rings for anything else than the next one,
+  /// one of `elsewhere`, descriptors, becomes readable, a signal comes, or the time is over. Words
+  /// from the doorway, a pipe, wake it. `heard` has what the hub knows of each member; see `members`
+  /// for how far they have come.
+  void run(std::uint64_t round, const std::vector<std::uint64_t>& heard, int doorway,
           const std::vector<int>& elsewhere, std::int64_t timeout_ns);
 
   const std::vector<Member>& members() const { return members_; }

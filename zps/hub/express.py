@@ -9,12 +9,20 @@ taken every push itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from zps import native
 from zps.hub.job import Job, Peer
 from zps.hub.roster import Roster
 from zps.hub.store import Hypers, Pushed
 from zps.trace import Tracer
+
+
+class Due(NamedTuple):
+    """A round that needs no decision, and everyone in it, in rank order."""
+
+    round: int
+    peers: list[Peer]
 
 
 class Express:
@@ -44,33 +52,30 @@ class Express:
         self._made_for: tuple[int, ...] = ()
         self._hypers: Hypers | None = None
 
-    @property
-    def is_due(self) -> bool:
-        """Whether the next round may be one of these."""
-        return self._job.engine.at_rest() is not None and bool(self._members())
+    def due(self) -> Due | None:
+        """The next round, if it may be one of these."""
+        round_ = self._job.engine.at_rest()
+        peers = [] if round_ is None else self._members()
+        return Due(round_, peers) if round_ is not None and peers else None
 
-    def run(self, elsewhere: Sequence[int], timeout_s: float) -> native.Left:
-        """Carry out rounds, when that is due, until something else is to be done.
+    def run(self, due: Due, elsewhere: Sequence[int], timeout_s: float) -> None:
+        """Carry out rounds until something else is to be done.
 
+        due        the first of them; nothing has come since it was found out
         elsewhere  descriptors that end it when they are readable
         """
-        engine = self._job.engine
-        round_, peers = engine.at_rest(), self._members()
-        assert round_ is not None
-        assert peers
+        round_, peers = due
         lane = self._lane_of(peers)
         before = [peer.heard for peer in peers]
-        timeout_ns = int(timeout_s * 1e9)
-        left = lane.run(round_, before, self._doorway, elsewhere, timeout_ns)
+        lane.run(round_, before, self._doorway, elsewhere, int(timeout_s * 1e9))
         for peer, heard in zip(peers, lane.heard, strict=True):
             if heard != peer.heard:
                 peer.last_seq = peer.heard = heard
         times = lane.times
-        engine.advance(len(times))
+        self._job.engine.advance(len(times))
         for begin_ns, applied_ns, end_ns in times:
             self._tracer.add("apply", begin_ns, applied_ns)
             self._tracer.add("reply", applied_ns, end_ns)
-        return left
 
     def _members(self) -> list[Peer]:
         """Everyone, in rank order; nobody unless what each pushed last was an ordinary ring."""

@@ -134,7 +134,10 @@ class Hub:
 
     def _run_express(self, express: Express) -> bool:
         """Let rounds go by that need no decision; whether it came to that."""
-        if self._has_backlog or self._entering or self._knocked or not express.is_due:
+        if self._has_backlog or self._entering or self._knocked:
+            return False
+        due = express.due()
+        if due is None:
             return False
         sockets = [self._router.socket, self._router.monitor]
         sockets += [fd for fd in self._watches if isinstance(fd, zmq.Socket)]
@@ -143,7 +146,7 @@ class Hub:
             return False
         elsewhere = [int(socket.getsockopt(zmq.FD)) for socket in sockets]
         elsewhere += [fd for fd in self._watches if isinstance(fd, int)]
-        express.run(elsewhere, _BEAT_S)
+        express.run(due, elsewhere, _BEAT_S)
         self._look_at_bells()  # the lane has taken the knocks; and what they rang comes first
         return True
 

@@ -32,7 +32,7 @@ from zps.native.jobs import (
     reduce,
     states_used,
 )
-from zps.native.lane import Lane, Left, Steps
+from zps.native.lane import Lane, Steps
 from zps.native.roofline import move, stream
 from zps.native.words import (
     Waited,
@@ -57,7 +57,6 @@ __all__ = [
     "Job",
     "KIND",
     "Lane",
-    "Left",
     "MAX_THREADS",
     "Pool",
     "RULES",

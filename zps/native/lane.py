@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,17 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zps import _core
-from zps.native.checks import INT64, address, check_array, check_pointer
+from zps.native.checks import INT64, address, check_array, check_pointer, place
 from zps.native.jobs import Job, Pool, load_all
-
-
-class Left(enum.IntEnum):
-    """Why `Lane.run` returned."""
-
-    ELSEWHERE = 0
-    UNUSUAL = 1
-    TIMEOUT = 2
-    INTERRUPTED = 3
 
 
 class Steps(NamedTuple):
@@ -68,7 +58,7 @@ class Lane:
         self._kept = (tuple(jobs), tuple(steps))
         self._lane = _core.Lane(
             pool._open(),
-            0,
+            place(None),
             load_all(jobs),
             [(address(now), address(after), len(now)) for now, after in steps],
             members,
@@ -84,7 +74,7 @@ class Lane:
         doorway: int,
         elsewhere: Sequence[int],
         timeout_ns: int,
-    ) -> Left:
+    ) -> None:
         """Carry rounds out from `round_` on, until something else is to be done.
 
         heard      the last sequence number known of each member
@@ -94,7 +84,7 @@ class Lane:
         if len(heard) != len(self._kept[0][0].slots):
             raise ValueError(f"{len(heard)} members, not {len(self._kept[0][0].slots)}")
         self._pool._open()
-        return Left(self._lane.run(round_, heard, doorway, elsewhere, timeout_ns))
+        self._lane.run(round_, heard, doorway, elsewhere, timeout_ns)
 
     @property
     def heard(self) -> list[int]:
