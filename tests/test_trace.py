@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from zps import trace
-from zps.errors import ZpsError
+from zps.errors import ConfigError, ZpsError
 from zps.trace import Tracer
 
 
@@ -74,11 +74,30 @@ def test_of_a_long_run_the_last_spans_are_kept(tmp_path, monkeypatch):
 
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
-    tracer = Tracer(tmp_path / "nowhere" / "run.json", "hub")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    tracer = Tracer(folder / "run.json", "hub")
     with tracer.span("apply"):
         pass
+    folder.rmdir()
     with pytest.raises(ZpsError, match="the trace cannot be written"):
         tracer.write(0)
+
+
+def test_at_the_end_of_a_job_it_is_only_a_warning(tmp_path, caplog):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    tracer = Tracer(folder / "run.json", "hub")
+    with tracer.span("apply"):
+        pass
+    folder.rmdir()
+    tracer.finish(0)
+    assert "the trace cannot be written" in caplog.text
+
+
+def test_a_folder_that_is_not_there_is_an_error_at_once(tmp_path):
+    with pytest.raises(ConfigError, match=r"ZPS_TRACE=.*nowhere is no folder that can be written"):
+        Tracer(tmp_path / "nowhere" / "run.json", "hub")
 
 
 def test_the_processes_of_a_run_are_put_together(tmp_path):

@@ -19,6 +19,7 @@ Format: the Trace Event Format of the Chromium project, complete events ("ph": "
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import deque
 from collections.abc import Callable
@@ -28,9 +29,11 @@ from threading import get_native_id
 from time import monotonic_ns
 from typing import Any
 
-from zps.errors import ZpsError
+from zps.errors import ConfigError, ZpsError
 
 __all__ = ["NO_TRACE", "Tracer", "join"]
+
+log = logging.getLogger("zps")
 
 _KEEP = 1_000_000  # of a longer run, the last ones: about 100 bytes each
 
@@ -46,11 +49,14 @@ class Tracer:
 
     path  where ZPS_TRACE says; None: nothing is recorded, at the cost of a call
     role  "hub", "node" or "worker"
+    Raises ConfigError when there is no such folder to write to.
     """
 
     _nothing: Span = nullcontext()
 
     def __init__(self, path: Path | None, role: str):
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"ZPS_TRACE={path}: {path.parent} is no folder that can be written")
         self._path = path
         self._role = role
         self._spans: deque[_Done] = deque(maxlen=_KEEP)
@@ -63,6 +69,13 @@ class Tracer:
         """Record a span that was timed elsewhere, by the monotonic clock."""
         if self._path is not None:
             self._spans.append((name, begin_ns, end_ns, get_native_id()))
+
+    def finish(self, number: int) -> None:
+        """`write` at the end of a job, which a trace that cannot be written does not spoil."""
+        try:
+            self.write(number)
+        except ZpsError as error:
+            log.warning("%s", error)
 
     def write(self, number: int) -> None:
         """Write what has been recorded, as hub or worker of this number, and forget it.
@@ -94,7 +107,8 @@ NO_TRACE = Tracer(None, "")
 def join(path: Path) -> int:
     """Put the files that the processes of ZPS_TRACE=`path` have written together, into `path`.
 
-    Returns how many there were. Raises ZpsError when there is none, or one that is no trace.
+    Returns how many there were. Raises ZpsError when there is none, one that is no trace, or when
+    `path` cannot be written.
     """
     parts = sorted(path.parent.glob(f"{path.stem}.*[0-9].json"))
     if not parts:
@@ -105,7 +119,10 @@ def join(path: Path) -> int:
             events += json.loads(part.read_text())["traceEvents"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ZpsError(f"{part} is no trace: {error!r}") from error
-    path.write_text(json.dumps({"traceEvents": events}))
+    try:
+        path.write_text(json.dumps({"traceEvents": events}))
+    except OSError as error:
+        raise ZpsError(f"the trace cannot be written: {error}") from error
     return len(parts)
 
 

@@ -227,18 +227,12 @@ class Hub:
         for peer in self._roster:
             peer.close()
         if self._job is not None:
-            self._write_trace(self._job)
+            self._tracer.finish(self._number(self._job))
             self._job.close()
         self._router.close()
         self._doorway.close()
         self._express = None  # it holds the pool
         self._pool.close()
-
-    def _write_trace(self, job: Job) -> None:
-        try:
-            self._tracer.write(self._number(job))
-        except ZpsError as error:
-            log.warning("%s", error)
 
     def _number(self, job: Job) -> int:
         """Which of the job's hubs this is."""
@@ -721,7 +715,7 @@ class Hub:
         log.info("every worker has left")
         formed = self._roster.formed
         if self._job is not None:
-            self._write_trace(self._job)
+            self._tracer.finish(self._number(self._job))
             self._job.close()
         self._begin()
         if formed:

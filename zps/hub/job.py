@@ -54,7 +54,7 @@ class Peer:
     shares: bool = False  # what it said of memory when it last declared
     at_work: bool = False  # it has published, pushed or pulled: what it said is settled
     slots: Segment | None = None  # None: its gradients come in messages
-    base: NDArray[np.uint8] | None = None  # the weights it was last sent, if delays are compensated
+    base: NDArray[np.uint8] | None = None  # the weights it was last sent, if that is needed
     hypers: Hypers | None = None
     first_hypers: Hypers | None = None  # as declared
     first_round: int = 0

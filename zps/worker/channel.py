@@ -45,19 +45,19 @@ class Channel:
         attach: m.Attach,
         *,
         aliased: bool,
-        whole: bool,
+        together: bool,
     ):
         """Go on from where the hub has let this worker in.
 
-        attach   the hub's last message so far
-        aliased  weights may be views of the hub's memory
-        whole    all buckets are pushed together, or judged together: they share their rounds
+        attach    the hub's last message so far
+        aliased   weights may be views of the hub's memory
+        together  all buckets are pushed together, or judged together: they share their rounds
         """
         self.session = session
         self.layout = layout = shard.layout
         self.parts = shard.parts
         self._settings = settings
-        self._whole = whole
+        self._together = together
         self._owners = np.array([part.param for part in shard.parts], np.uint32)
         self._is_whole = self._owners.tolist() == list(range(shard.total))
         session.received = 1
@@ -165,10 +165,10 @@ class Channel:
         if self._settings.quorum < 1:
             # A worker that fell behind goes on where the others are: what it pushes next will have
             # been computed on the weights it gets now. What it computed before stays in its round.
-            chosen = _EVERY if buckets is None or self._whole else np.asarray(buckets)
+            chosen = _EVERY if buckets is None or self._together else np.asarray(buckets)
             # One round for a whole gradient: its buckets are looked at while they close one by
             # one, and a round that waits for all of its buckets would wait for those in the next.
-            closed = self.link.rounds_over if self._whole else self.link.closed_rounds[chosen]
+            closed = self.link.rounds_over if self._together else self.link.closed_rounds[chosen]
             self._next_round[chosen] = np.maximum(self._next_round[chosen], closed)
         if self.aliased or self.link.private:
             return

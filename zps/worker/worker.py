@@ -73,6 +73,7 @@ class Worker:
         world_size = settings.world_size if world_size is None else world_size
         if (rank is not None and rank < 0) or (world_size is not None and world_size < 1):
             raise RankOutOfRange(f"rank {rank} of {world_size} workers: ranks count from 0")
+        self.tracer = WorkerTracer(settings.trace)
         self._sessions = joining.greet(addresses, settings, rank, world_size)
         self._session = self._sessions[0]  # for what one hub answers for all
         self.settings = self._session.agree()
@@ -84,7 +85,6 @@ class Worker:
         self._selected: dict[tuple[str, ...], Selection] = {}  # names -> their buckets
         self._under_way: list[Work] = []  # pushes that may still lie in their slots
         self._at_close: list[Callable[[bool], None]] = []
-        self.tracer = WorkerTracer(self.settings.trace)
 
     # --- declaring ----------------------------------------------------------------------------
 
@@ -163,9 +163,9 @@ class Worker:
         attached = joining.declare(
             self._sessions, self.settings, shards, layout, rule=rule, hypers=hypers
         )
-        aliased, whole = self._may_alias, layout.fuse or max_grad_norm is not None
+        aliased, together = self._may_alias, layout.fuse or max_grad_norm is not None
         return [
-            Channel(session, self.settings, shard, attach, aliased=aliased, whole=whole)
+            Channel(session, self.settings, shard, attach, aliased=aliased, together=together)
             for session, shard, attach in zip(self._sessions, shards, attached, strict=True)
         ]
 
@@ -403,7 +403,7 @@ class Worker:
         if model is not None:
             model.close()
             self._closed = True
-            self.tracer.write(self.rank)
+            self.tracer.finish(self.rank)
 
     def at_close(self, call: Callable[[bool], None]) -> None:
         """Have `call(goodbye)` made first when this worker closes.
