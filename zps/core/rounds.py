@@ -27,10 +27,13 @@ from typing import NamedTuple, Protocol
 
 from zps.errors import ConfigError, ProtocolError
 
-__all__ = ["MAX_AHEAD", "Action", "Apply", "Drop", "Mode", "Rounds"]
+__all__ = ["MAX_AHEAD", "MAX_ROUND", "Action", "Apply", "Drop", "Mode", "Rounds"]
 
 MAX_AHEAD = 64
 """How many rounds a member may push beyond the one it should wait for: this bounds what is kept."""
+
+MAX_ROUND = 1 << 48
+"""What the number of a round stays below."""
 
 
 class Mode(str, Enum):

@@ -45,7 +45,6 @@ _POLL_BACKLOG_MS = 10
 _PARTING_S = 0.1
 _TURN_MESSAGES = 256  # a peer that never stops sending does not keep the others from their updates
 _PROBE_BYTES = memoryview(bytes(m.MAX_PROBE_BYTES))  # one for all: answers not read take no memory
-_MAX_TEXT = 700  # a header holds 4 KiB, and a character up to 4 bytes
 
 
 class Hub:
@@ -100,14 +99,14 @@ class Hub:
                         self._drop_the_cut()
                 self._router.flush()
         except Exception as error:
-            self.stop(f"the hub has failed: {type(error).__name__}: {error}"[:_MAX_TEXT])
+            self.stop(f"the hub has failed: {type(error).__name__}: {error}")
             raise
         finally:
             self._close()
 
     def stop(self, why: str) -> None:
         """End the loop; workers are told why. The first reason counts."""
-        self._stopping = self._stopping or why  # no more: it may be called by a signal
+        self._stopping = self._stopping or m.cut(why)  # no more: it may be called by a signal
 
     def watch(self, fd: Watched, on_readable: Callable[[], None], events: int = zmq.POLLIN) -> None:
         """Call back from the loop when `fd` becomes readable: a pidfd, a signal pipe, a socket."""
@@ -325,9 +324,7 @@ class Hub:
         self._asked = probe.seq
         if len(self._roster):
             ranks = sorted(peer.rank for peer in self._roster)
-            raise Refused(
-                "busy", f"it would slow down those who work here, ranks {ranks}"[:_MAX_TEXT]
-            )
+            raise Refused("busy", f"it would slow down those who work here, ranks {ranks}")
         answer: list[Frame] = [m.encode(m.Probed(seq=probe.seq, host=host_id()))]
         self._router.send(route, answer + [_PROBE_BYTES[: probe.back]] * bool(probe.back))
 
@@ -400,7 +397,7 @@ class Hub:
             # Whoever waits for rank 0's model waits in vain.
             for other, declare, _ in self._awaiting_rank0:
                 text = f"what {who} declared cannot be served: {error}"
-                refusal = m.Refuse(seq=declare.seq, code="rank_0", text=text[:_MAX_TEXT])
+                refusal = m.Refuse(seq=declare.seq, code="rank_0", text=m.cut(text))
                 self._deliver(other, [m.encode(refusal)])
             self._awaiting_rank0.clear()
             raise
@@ -740,9 +737,7 @@ class Hub:
             native.post_signal(self._job.control.signal_address)
 
     def _refuse(self, route: bytes, code: str, text: str) -> None:
-        refusal: list[Frame] = [
-            m.encode(m.Refuse(seq=self._asked, code=code, text=text[:_MAX_TEXT]))
-        ]
+        refusal: list[Frame] = [m.encode(m.Refuse(seq=self._asked, code=code, text=m.cut(text)))]
         peer = self._roster.of_route(route)
         if peer is not None:
             self._deliver(peer, refusal)

@@ -27,7 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zps import native
+from zps.core.rounds import MAX_ROUND
 from zps.errors import ProtocolError
+from zps.memory.control import MAX_SEQ
 from zps.memory.segment import Segment
 
 _HEAD_BYTES = 64
@@ -35,7 +37,6 @@ _RECORD = struct.Struct("<QQddQ")  # what follows `rung`
 _RANK = struct.Struct("<I")
 _FINITE, _HOLD = 1, 2
 _READ_BYTES = 4096
-_SEQS, _ROUNDS = 1 << 60, 1 << 48  # the bounds of PUSH
 
 
 class Ring(NamedTuple):
@@ -87,7 +88,7 @@ class Bell:
         """
         seq = native.load_u64(self.address)
         after, round_, samples, grad_scale, flags = _RECORD.unpack_from(self._head, 8)
-        if seq >= _SEQS or round_ >= _ROUNDS:
+        if seq >= MAX_SEQ or round_ >= MAX_ROUND:
             raise ProtocolError(f"a bell that was rung for push {seq} in round {round_}")
         ring = Ring(
             seq, after, round_, samples, grad_scale, bool(flags & _FINITE), bool(flags & _HOLD)

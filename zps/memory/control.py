@@ -28,6 +28,7 @@ from zps.memory.segment import Segment
 
 MAGIC = 0x5A50_5343_544C_3031  # "ZPSCTL01"
 OUTCOME_BITS = 3
+MAX_SEQ = 1 << 60  # what sequence numbers stay below: an outcome goes into the same word
 _HEAD_WORDS = 8
 _LAST_WORDS_BYTES = 512
 

@@ -28,8 +28,6 @@ from zps.wire.sockets import Frame, Router
 
 log = logging.getLogger("zps.hub")
 
-_MAX_TEXT = 700
-
 
 class NodeHub(Hub):
     """See `Hub`. `settings.hub` is the address of the hub of all nodes.
@@ -116,7 +114,7 @@ class NodeHub(Hub):
         try:
             upstream.turn()
         except ZpsError as error:
-            self.stop(f"the hub of all nodes at {upstream.address}: {error}"[:_MAX_TEXT])
+            self.stop(f"the hub of all nodes at {upstream.address}: {error}")
             return
         if self._job is not None and self._forward is not None:
             for update, outcome in self._forward.answered():
@@ -315,7 +313,7 @@ class NodeHub(Hub):
     def _refuse_as(self, peer: Peer, seq: int, refusal: m.Refuse) -> None:
         """What upstream refused the node is refused to a worker."""
         if self._roster.holds(peer):
-            text = refusal.text[:_MAX_TEXT]
+            text = m.cut(refusal.text)
             self._deliver(peer, [m.encode(m.Refuse(seq=seq, code=refusal.code, text=text))])
 
 

@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from zps.core.rounds import MAX_ROUND
 from zps.errors import ProtocolError
+from zps.memory.control import MAX_SEQ
 
 PROTOCOL = 1
 MAX_HEADER_BYTES = 4096
@@ -22,6 +24,7 @@ MAX_PROBE_BYTES = 1 << 20
 MAX_PUSH_BUCKETS = 256  # keeps the header of a PUSH under its limit; longer pushes are cut
 _MAX_ITEMS = 512
 _MAX_CONTAINERS = 64
+_MAX_TEXT = 700  # a header holds 4 KiB, and a character up to 4 bytes
 
 #: Settings that a hub and its workers must agree on; the hub's count where a worker set none.
 SHARED_SETTINGS = (
@@ -32,8 +35,8 @@ SHARED_SETTINGS = (
 
 U32 = Annotated[int, Field(ge=0, lt=1 << 32)]
 U64 = Annotated[int, Field(ge=0, lt=1 << 63)]
-Seq = Annotated[int, Field(ge=0, lt=1 << 60)]  # an outcome goes into the same 64-bit word
-Round = Annotated[int, Field(ge=0, lt=1 << 48)]  # a newcomer's first round lies beyond it
+Seq = Annotated[int, Field(ge=0, lt=MAX_SEQ)]
+Round = Annotated[int, Field(ge=0, lt=MAX_ROUND)]  # a newcomer's first round lies beyond it
 Pid = Annotated[int, Field(ge=1, lt=1 << 31)]  # what the system calls take
 World = Annotated[int, Field(ge=1, le=1 << 16)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -334,6 +337,11 @@ _MODELS: dict[str, type[Message]] = {
 
 M = TypeVar("M", bound=Message)
 N = TypeVar("N", bound=np.integer[Any])
+
+
+def cut(text: str) -> str:
+    """As much of a text as a header has room for, whatever its characters."""
+    return text[:_MAX_TEXT]
 
 
 def encode(message: Message) -> bytes:
