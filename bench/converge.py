@@ -21,6 +21,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from . import report, suites
@@ -82,23 +83,38 @@ def measure(
 ) -> dict[Way, list[Curve]]:
     """The curves of each way, one for each restart."""
     found: dict[Way, list[Curve]] = {way: [] for way in ways}
-    with out.progress(len(ways) * options.restarts) as tick:
+    steps = len(ways) * options.restarts
+    with out.progress(steps) as tick, TemporaryDirectory(prefix="bench-") as folder:
+        data = Path(folder) / "digits.npz"
+        write_digits(data)
         for restart in range(options.restarts):
             for way in ways if restart % 2 == 0 else tuple(reversed(ways)):
                 tick(way.name)
-                curve = learn(way, world, epochs, options.seed + restart)
+                curve = learn(way, data, world, epochs, options.seed + restart)
                 check(way, curve)
                 found[way].append(curve)
     return found
 
 
-def learn(way: Way, world: int, epochs: int, seed: int) -> Curve:
+def write_digits(data: Path) -> None:
+    """Train images, test images, train labels, test labels: the same for every worker."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
+    pixels = [(part / 16).astype(np.float32) for part in parts[:2]]
+    np.savez(data, *pixels, *(part.astype(np.int64) for part in parts[2:]))
+
+
+def learn(way: Way, data: Path, world: int, epochs: int, seed: int) -> Curve:
     """One job from start to end. Raises BenchError when it fails."""
     with TemporaryDirectory(prefix="bench-") as folder:
         file = Path(folder) / "curve.json"
         command = [sys.executable, "-m", "zps", "launch", "-n", str(world), "--mode", way.mode]
         command += ["--set", f"compression={way.codec}"]
-        command += ["-m", f"{__package__}.peers.digits_loop", str(file), str(epochs), str(seed)]
+        command += ["-m", f"{__package__}.peers.digits_loop"]
+        command += [str(data), str(file), str(epochs), str(seed)]
         done = subprocess.run(
             command,
             env=suites.environ(ZPS_LOG_LEVEL="error"),

@@ -87,7 +87,7 @@ def prepare(options: Options) -> suites.Job:
     size = options.sizes[0] if options.sizes else SIZE
     world = options.workers[0] if options.workers else WORKERS
     harness.require_memory([Zps], size, world, payload_bytes=4 * size)
-    minutes = options.minutes or options.by_level(0.1, 1.0, 10.0)
+    minutes = options.minutes or options.by_level(0.06, 1.0, 10.0)
 
     def job(out: Out) -> None:
         tell(soak(size, world, 60 * minutes, options.seed, out), size, world, out)

@@ -1,8 +1,9 @@
 """What each worker of bench.converge runs: learn digits, and keep what was reached when.
 
-    zps launch -n 2 -m bench.peers.digits_loop FILE EPOCHS SEED
+    zps launch -n 2 -m bench.peers.digits_loop DATA FILE EPOCHS SEED
 
-Rank 0 writes FILE: one JSON object, see `Curve`. Looking at the loss is not part of the time.
+DATA is what bench.converge has written. Rank 0 writes FILE: one JSON object, see `Curve`. Looking
+at the loss is not part of the time.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import zps
@@ -44,19 +44,17 @@ def model() -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(train images, test images, train labels, test labels), the same in every process."""
-    images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
-    train_x, test_x = (torch.tensor(x / 16, dtype=torch.float32) for x in parts[:2])
-    train_y, test_y = (torch.tensor(y, dtype=torch.int64) for y in parts[2:])
+def load(data: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(train images, test images, train labels, test labels)"""
+    with np.load(data) as parts:
+        train_x, test_x, train_y, test_y = (torch.from_numpy(parts[name]) for name in parts.files)
     return train_x, test_x, train_y, test_y
 
 
-def main(file: Path, epochs: int, seed: int) -> None:
+def main(data: Path, file: Path, epochs: int, seed: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    train_x, test_x, train_y, test_y = load()
+    train_x, test_x, train_y, test_y = load(data)
     zps.init()
     rank, workers = zps.rank(), zps.world_size()
     net, criterion = model(), nn.CrossEntropyLoss()
@@ -95,4 +93,4 @@ def main(file: Path, epochs: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

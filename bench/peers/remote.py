@@ -81,7 +81,8 @@ def remote_team(
     with ExitStack() as stack:
         server = stack.enter_context(hub_on(hub, 1, **peer.settings()))
         with workers.entered():
-            made = Team(peer, [Seat(0, 1, size, seed, server.address)], server)
+            seat = Seat(0, 1, size, seed, server.address)
+            made = Team(peer, [seat], server, from_here=True)
         stack.callback(made.kill)
         made.ready()
         yield made

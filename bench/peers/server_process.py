@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
+from . import processes
 from .base import BenchError
 
 _START_S = 60.0
@@ -25,10 +25,8 @@ def server_process(
             when the other end is closed. Ctrl-C does not reach it.
     Raises BenchError, in the name of participant `name`, when it does not become ready.
     """
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_run, args=(serve, arguments, there), daemon=True)
-    process.start()
+    here, there = processes.pipe()
+    process = processes.start(_run, serve, arguments, there)
     there.close()
     try:
         ready = _first_word(name, here)

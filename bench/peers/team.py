@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import multiprocessing
 import os
 import signal
 import struct
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from . import processes
 from .base import BenchError, Peer, Seat, Server, cores
 from .problem import Array
 
@@ -156,24 +156,27 @@ class Block:
 class Team:
     """One participant at one size: its server and its workers, all alive until `close`."""
 
-    def __init__(self, peer: type[Peer], seats: list[Seat], server: Server) -> None:
+    def __init__(
+        self, peer: type[Peer], seats: list[Seat], server: Server, *, from_here: bool = False
+    ) -> None:
+        """
+        from_here  the workers belong into this thread's network namespace
+        """
         self.peer = peer
         self.server = server
         self._controls: list[Connection] = []
         self._processes: list[BaseProcess] = []
         self._beside: list[int] = []  # what the workers themselves have started
-        self._start(seats)
+        self._start(seats, from_here)
 
-    def _start(self, seats: list[Seat]) -> None:
-        context = multiprocessing.get_context("spawn")
-        lines = [context.Pipe() for _ in seats[1:]]
+    def _start(self, seats: list[Seat], from_here: bool) -> None:
+        lines = [processes.pipe() for _ in seats[1:]]
         for seat in seats:
             others = [a for a, _ in lines] if seat.rank == 0 else [lines[seat.rank - 1][1]]
-            here, there = context.Pipe()
-            process = context.Process(
-                target=_member_main, args=(self.peer, seat, there, others), daemon=True
+            here, there = processes.pipe()
+            process = processes.start(
+                *(_member_main, self.peer, seat, there, others), from_here=from_here
             )
-            process.start()
             there.close()
             self._controls.append(here)
             self._processes.append(process)

@@ -115,10 +115,11 @@ def test_growth_with_workers_is_by_worker(capsys: pytest.CaptureFixture[str]) ->
     assert record["off_linear"] == 0.1
 
 
-def test_a_job_tells_its_loss_and_the_bytes_of_its_codec() -> None:
+def test_a_job_tells_its_loss_and_the_bytes_of_its_codec(tmp_path: Path) -> None:
     if find_spec("sklearn") is None:
         pytest.skip("scikit-learn is not installed")
-    curve = converge.learn(Way("bsp", "onebit"), 1, 2, seed=0)
+    converge.write_digits(tmp_path / "digits.npz")
+    curve = converge.learn(Way("bsp", "onebit"), tmp_path / "digits.npz", 1, 2, seed=0)
     assert curve["loss"][-1] < curve["loss"][0]
     assert curve["push_bytes"] < 4 * 75_000 / 16
 
