@@ -22,10 +22,9 @@ from .out import Out
 from .peers import team as teams_of
 from .peers.base import BenchError
 from .peers.zps_round import ZpsGrad
-from .step import check_weights
+from .step import CHECKED_ROUNDS, check_weights
 
 _VARIABLE = "ZPS_TRACE"
-_CHECKED_ROUNDS = 5  # of `check_weights`: they are in the trace, too
 
 
 def prepare(options: Options) -> suites.Job:
@@ -72,7 +71,7 @@ def measure(size: int, world: int, rounds: int, seed: int) -> dict[str, float]:
         ):
             check_weights({ZpsGrad.name: team}, world, size, seed)
             team.run(rounds)
-        return spans.breakdown(path, rounds + _CHECKED_ROUNDS)
+        return spans.breakdown(path, CHECKED_ROUNDS + rounds)  # all of them are in the trace
 
 
 @contextmanager

@@ -305,7 +305,8 @@ def table(done: list[Result]) -> Table:
     for title in ("contributors", "bytes/param", "ms", "GB/s", "against", "ratio"):
         shown.add_column(title, justify="right")
     for r in done:
-        colour = "green" if r.ratio >= r.goal else "red"
+        judged = r.elements > _QUICK_ELEMENTS or r.peer_name != "stream"  # not what fits into cache
+        colour = "default" if not judged else "green" if r.ratio >= r.goal else "red"
         record = r.record()
         shown.add_row(
             r.what,

@@ -210,36 +210,6 @@ def all_teams(
         yield teams
 
 
-def compare(
-    entered: Sequence[Entry],
-    plan: Plan,
-    restarts: int,
-    seed: int,
-    tick: Callable[[str], None],
-    check: Callable[[Mapping[str, Team]], None],
-    sharing: Callable[[Mapping[str, Team]], Iterable[Team]] = lambda teams: teams.values(),
-) -> Run:
-    """Checks and measures all participants, with new processes for each restart.
-
-    check    called with teams that have run no round yet; raises BenchError for a wrong result
-    sharing  the teams whose workers must hold the same bits after all rounds
-    """
-    runs = []
-    for _ in range(restarts):
-        with all_teams(entered, seed, tick) as teams:
-            tick("check")
-            check(teams)
-            runs.append(measure(teams, plan, tick))
-            for team in sharing(teams):
-                check_agreement(team)
-    return merged(runs)
-
-
-def ticks(participants: int, plan: Plan, restarts: int) -> int:
-    """How often `compare` calls its `tick`."""
-    return restarts * (participants * (2 + plan.blocks) + 1)
-
-
 def merged(runs: Sequence[Run]) -> Run:
     """The runs of several restarts as one."""
     found: dict[str, Measured] = {}

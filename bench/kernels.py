@@ -250,7 +250,8 @@ def table(done: list[Result]) -> Table:
     for title in ("contributors", "ms", "GB/s", "stream GB/s", "shape", "ratio", "cpu"):
         shown.add_column(title, justify="right")
     for r in done:
-        colour = "green" if r.ratio("wall_s") >= GOAL else "red"
+        judged = r.elements > _QUICK_ELEMENTS  # not what fits into cache
+        colour = "default" if not judged else "green" if r.ratio("wall_s") >= GOAL else "red"
         shown.add_row(
             r.case,
             r.memory,

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
-from . import goals
-from .harness import human
+from . import goals, sections
 from .out import Record
-
-Cells = Sequence[str]
+from .sections import Cells
 
 _HOW_TO_READ = """\
 ## How to read it
@@ -68,7 +65,11 @@ def _machine(record: Record) -> str:
 
 
 def _goals(records: Sequence[Record]) -> str:
-    return _markdown(("goal", "", "measured", "95 % interval", ""), _goal_rows(records))
+    rows = _goal_rows(records)
+    parts = [sections.table(("goal", "", "measured", "95 % interval", ""), rows)] if rows else []
+    if missing := [goal.text for goal, judged in goals.judge(records) if judged is None]:
+        parts.append(f"Not measured in this run: {'; '.join(missing)}.")
+    return "\n\n".join(parts)
 
 
 def goals_table(records: Sequence[Record]) -> Table:
@@ -78,20 +79,17 @@ def goals_table(records: Sequence[Record]) -> Table:
         table.add_column(title)
     colours = {"met": "green", "missed": "red", "open": "yellow"}
     for row in _goal_rows(records):
-        if row[-1] in colours:
-            table.add_row(*row[:-1], f"[{colours[row[-1]]}]{row[-1]}[/]")
+        table.add_row(*row[:-1], f"[{colours[row[-1]]}]{row[-1]}[/]")
     return table
 
 
 def _goal_rows(records: Sequence[Record]) -> list[Cells]:
     rows: list[Cells] = []
     for goal, judged in goals.judge(records):
-        bound = f"{'≤' if goal.at_most else '≥'} {goal.bound:g}"
-        if judged is None:
-            rows.append((goal.text, bound, "", "", "not measured"))
-            continue
-        interval = "" if judged.interval is None else "{:.2f}–{:.2f}".format(*judged.interval)
-        rows.append((goal.text, bound, f"{judged.value:.3g}", interval, verdict(judged)))
+        if judged is not None:
+            bound = f"{'≤' if goal.at_most else '≥'} {goal.bound:g}"
+            interval = "" if judged.interval is None else "{:.2f}–{:.2f}".format(*judged.interval)
+            rows.append((goal.text, bound, f"{judged.value:.3g}", interval, verdict(judged)))
     return rows
 
 
@@ -111,144 +109,4 @@ def _names(records: Sequence[Record]) -> list[str]:
 
 def _section(name: str, records: Sequence[Record]) -> str:
     own = [record for record in records if record["bench"] == name]
-    compared = [record for record in own if "peers" in record and "p50_us" in record]
-    others = [record for record in own if record not in compared]
-    parts = [f"## {name}"]
-    if compared:
-        parts.append(_ratios(compared))
-    if others:
-        parts.append(_OTHERS.get(name, _plain)(others))
-    return "\n\n".join(parts)
-
-
-def _ratios(records: Sequence[Record]) -> str:
-    rows = []
-    for record in records:
-        for peer, found in record["peers"].items():
-            rows.append(
-                (
-                    f"{record['what']} vs {peer}",
-                    human(record["size"]),
-                    str(record["workers"]),
-                    f"{found['ratio']:.2f} ({_interval(found)})",
-                    f"{found['goal']:g}" if "goal" in found else "",
-                    f"{record['p50_us'] / 1e3:.3f} / {found['p50_us'] / 1e3:.3f}",
-                    f"{_cpu(record)} / {_cpu(found)}",
-                    f"{_threads(record)} / {_threads(found)}",
-                    f"{record['other_cpu']:.0%}",
-                )
-            )
-    titles = ("", "parameters", "n", "ratio", "goal", "p50 ms", "cpu ms", "threads", "others")
-    return _markdown(titles, rows)
-
-
-def _interval(found: Record) -> str:
-    return "{:.2f}–{:.2f}".format(*found["ratio_ci95"])
-
-
-def _cpu(found: Record) -> str:
-    total = found.get("cpu_us", {}).get("total")
-    return "?" if total is None else f"{total / 1e3:.3f}"
-
-
-def _threads(found: Record) -> str:
-    return str(found["threads"].get("total", "?"))
-
-
-def _kernels(records: Sequence[Record]) -> str:
-    rows: list[Cells] = [
-        (
-            record["what"],
-            str(record.get("codec") or record.get("memory")),
-            str(record["contributors"]),
-            human(record["elements"]),
-            f"{record['ratio']:.2f} ({_interval(record)})",
-            f"{record['goal']:g}",
-            f"{record['gbps']:.1f}",
-        )
-        for record in records
-    ]
-    titles = ("kernel", "codec or memory", "contributors", "elements", "ratio", "goal", "GB/s")
-    return _markdown(titles, rows)
-
-
-def _scale(records: Sequence[Record]) -> str:
-    rows = [
-        (
-            record["what"],
-            point["name"],
-            f"{point['p50_us'] / 1e3:.3f}",
-            f"{point['relative']:.2f} ({'{:.2f}–{:.2f}'.format(*point['relative_ci95'])})",
-        )
-        for record in records
-        for point in record["points"]
-    ]
-    return _markdown(("part", "", "p50 ms", "relative to the smallest"), rows)
-
-
-def _soak(records: Sequence[Record]) -> str:
-    return "\n".join(
-        f"- {'**steady**' if record['steady'] else '**not steady**'}: {record['rounds']} rounds in "
-        f"{record['seconds']:.0f} s, memory {record['memory_growth']:+.2%}, time of a round "
-        f"{record['latency_drift']:+.1%}{''.join(f'; {fault}' for fault in record['faults'])}"
-        for record in records
-    )
-
-
-def _converge(records: Sequence[Record]) -> str:
-    rows = []
-    for record in records:
-        reached, ratios = record["to_target"], record["over_bsp"]
-        rows.append(
-            (
-                record["what"],
-                "never" if reached is None else f"{reached['rounds']:g}",
-                "" if ratios["seconds"] is None else f"{ratios['seconds']:.2f}",
-                "" if ratios["bytes"] is None else f"{ratios['bytes']:.3f}",
-                f"{record['accuracy']:.1%}",
-            )
-        )
-    target = records[0]["target"]
-    titles = ("way", f"rounds to loss {target}", "time ÷ bsp", "bytes ÷ bsp", "test accuracy")
-    return _markdown(titles, rows)
-
-
-def _breakdown(records: Sequence[Record]) -> str:
-    rows = []
-    for record in records:
-        whole = sum(record["parts_us"].values())
-        shares = (f"{name} {us / whole:.0%}" for name, us in record["parts_us"].items())
-        rows.append((human(record["size"]), str(record["workers"]), ", ".join(shares)))
-    return _markdown(("parameters", "n", "share of a round"), rows)
-
-
-def _plain(records: Sequence[Record]) -> str:
-    """What has no table of its own: its figures, one line a record."""
-    lines = []
-    for record in records:
-        about = {name: value for name, value in record.items() if name not in _NOT_FIGURES}
-        told = ", ".join(f"{name} {_brief(value)}" for name, value in about.items())
-        lines.append(f"- {record['what']}: {told}")
-    return "\n".join(lines)
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, dict):
-        return "(" + ", ".join(f"{name} {_brief(part)}" for name, part in value.items()) + ")"
-    return str(value)
-
-
-_NOT_FIGURES = {"bench", "what", "machine", "version", "commit", "changed"}
-_OTHERS: dict[str, Callable[[Sequence[Record]], str]] = {
-    "kernels": _kernels,
-    "codecs": _kernels,
-    "scale": _scale,
-    "soak": _soak,
-    "converge": _converge,
-    "breakdown": _breakdown,
-}
-
-
-def _markdown(titles: Cells, rows: Sequence[Cells]) -> str:
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    return f"## {name}\n\n{sections.section(name, own)}"

@@ -13,8 +13,7 @@ from .options import Options
 from .out import Out
 from .peers.base import Peer
 from .peers.pulls import Memcpy, PullAlias, PullCopy, PullMessage
-from .report import Case
-from .step import check_weights
+from .step import measure_size
 
 PEERS: tuple[type[Peer], ...] = (PullAlias, PullCopy, PullMessage, Memcpy)
 
@@ -34,18 +33,6 @@ def prepare(options: Options) -> suites.Job:
             out.note(note)
         for world in worlds:
             for size in sizes:
-                report.tell(measure(chosen, size, world, options, out), out)
+                report.tell(measure_size("pull", chosen, size, world, options, out), out)
 
     return job
-
-
-def measure(peers: list[type[Peer]], size: int, world: int, options: Options, out: Out) -> Case:
-    """All ways to pull at one size: correctness first, then time."""
-    plan, restarts = options.plan, options.restarts
-    with out.progress(harness.ticks(len(peers), plan, restarts)) as tick:
-        run = harness.compare(
-            harness.entries(peers, world, size),
-            *(plan, restarts, options.seed, tick),
-            check=lambda teams: check_weights(teams, world, size, options.seed),
-        )
-    return Case("pull", size, 4 * size, world, run, report.facts())

@@ -10,20 +10,18 @@ round takes from the cores that workers would use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from . import goals, harness, report, stats, suites
+from . import goals, harness, report, sections, stats, suites
 from .harness import Entry
 from .options import Options
 from .out import Out
 from .peers import problem
 from .peers.base import Peer
 from .peers.echo import Echo
-from .peers.team import Team
 from .peers.zps_round import Zps
 from .report import Case
+from .suites import Teams
 
 PEERS: tuple[type[Peer], ...] = (Zps, Echo)
 SIZE = 1_000
@@ -46,20 +44,17 @@ def prepare(options: Options) -> suites.Job:
 
 def measure(peers: list[type[Peer]], world: int, options: Options, out: Out) -> None:
     """The round trips and the servers' processor time, checked, shown and recorded."""
-    plan, restarts = options.plan, options.restarts
-    with out.progress(harness.ticks(len(peers), plan, restarts)) as tick:
-        run = harness.compare(
-            [Entry(peer.name, peer, 1 if peer is Echo else world, SIZE) for peer in peers],
-            *(plan, restarts, options.seed, tick),
-            check=lambda teams: check(teams, world, options.seed),
-        )
+    entered = [Entry(peer.name, peer, 1 if peer is Echo else world, SIZE) for peer in peers]
+    run = suites.compare(
+        *(entered, options, out), check=lambda teams: check(teams, world, options.seed)
+    )
     case = Case("rtt", SIZE, 4 * SIZE, world, run, report.facts())
     report.tell(case, out)
     if {Zps.name, Echo.name} <= run.measured.keys():
         tell_cpu(case, out)
 
 
-def check(teams: Mapping[str, Team], world: int, seed: int) -> None:
+def check(teams: Teams, world: int, seed: int) -> None:
     """Runs the first rounds. Raises BenchError for wrong weights, or another message than sent."""
     for team in teams.values():
         with team.awake():
@@ -81,20 +76,16 @@ def tell_cpu(case: Case, out: Out) -> None:
     ratio = stats.ratio_of_medians(theirs, ours)
     goal = goals.ratio_goal("rtt", "zps-cpu", Echo.name, case.size, case.world)
     hub_us, echo_us = hub.cpu_us["server"], echo.cpu_us["server"]
-    out.show(
-        f"processor time of the server a round: hub {hub_us:.0f} µs, echo {echo_us:.0f} µs: "
-        f"{1 / ratio.value:.2f} × ({1 / ratio.high:.2f}–{1 / ratio.low:.2f})"
-    )
     met = {"goal": round(goal.least, 3), "met": ratio.value >= goal.least} if goal else {}
-    out.record(
-        {
-            "bench": "rtt",
-            "what": "zps-cpu",
-            "size": case.size,
-            "workers": case.world,
-            "server_us": round(hub_us, 2),
-            "peers": {Echo.name: {"server_us": round(echo_us, 2), **ratio.record(), **met}},
-            "other_cpu": round(case.run.other_cpu, 3),
-            **case.facts,
-        }
-    )
+    record = {
+        "bench": "rtt",
+        "what": "zps-cpu",
+        "size": case.size,
+        "workers": case.world,
+        "server_us": round(hub_us, 2),
+        "peers": {Echo.name: {"server_us": round(echo_us, 2), **ratio.record(), **met}},
+        "other_cpu": round(case.run.other_cpu, 3),
+        **case.facts,
+    }
+    out.show(sections.server_time(record))
+    out.record(record)

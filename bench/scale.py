@@ -10,7 +10,7 @@ turns, so that they are comparable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,9 @@ from .out import Out
 from .peers import problem
 from .peers.base import BenchError
 from .peers.hubs import Hubs, Hubs2, Hubs4
-from .peers.team import Team
 from .peers.zps_round import Zps
 from .stats import ratio_of_medians
+from .suites import Teams
 
 EACH = {"parameters": "a parameter", "workers": "a worker", "hubs": "a parameter"}
 _CHECKED_ROUNDS = 3
@@ -117,24 +117,15 @@ def _drop_what_does_not_fit(points: list[Point], allowed: bool) -> list[Point]:
 
 def measure(points: Sequence[Point], options: Options, out: Out) -> Run:
     """All points in turns, each checked first."""
-    plan, restarts = options.plan, options.restarts
-    with out.progress(harness.ticks(len(points), plan, restarts)) as tick:
-        return harness.compare(
-            [point.entry for point in points],
-            *(plan, restarts, options.seed, tick),
-            check=_checking(points, options.seed),
-        )
 
-
-def _checking(points: Sequence[Point], seed: int) -> Callable[[Mapping[str, Team]], None]:
-    def check(teams: Mapping[str, Team]) -> None:
+    def check(teams: Teams) -> None:
         for point in points:
             team = teams[point.name]
-            expected = problem.reference(point.workers, point.size, seed, _CHECKED_ROUNDS)
+            expected = problem.reference(point.workers, point.size, options.seed, _CHECKED_ROUNDS)
             team.run(_CHECKED_ROUNDS)
             harness.check(team, expected, _CHECKED_ROUNDS)
 
-    return check
+    return suites.compare([point.entry for point in points], options, out, check)
 
 
 def tell(what: str, points: Sequence[Point], run: Run, out: Out) -> None:

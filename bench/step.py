@@ -8,7 +8,6 @@ worker may read the new weights. First every participant has to reach the weight
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -24,9 +23,9 @@ from .peers.kernel import Kernel
 from .peers.mpi import Mpi
 from .peers.ray_actor import RayActor
 from .peers.rpc import Rpc
-from .peers.team import Team
 from .peers.zps_round import Zps, ZpsAllow, ZpsGrad, ZpsTcp
 from .report import Case
+from .suites import Teams
 
 PEERS: tuple[type[Peer], ...] = (
     *(Zps, ZpsAllow, ZpsGrad, ZpsTcp),
@@ -36,7 +35,7 @@ QUICK_PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, Kernel, Gloo, Mpi)
 SIZES = (1_000, 1_000_000, 25_000_000)
 _QUICK_SIZES = (1_000_000,)
 _ALL_SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 25_000_000, 100_000_000)
-_CHECKED_ROUNDS = 5
+CHECKED_ROUNDS = 5
 
 app = typer.Typer(add_completion=False)
 
@@ -66,32 +65,30 @@ def prepare(options: Options) -> suites.Job:
         for note in notes:
             out.note(note)
         for fitting, size, world in cases:
-            report.tell(measure_size(fitting, size, world, options, out), out)
+            report.tell(measure_size("step", fitting, size, world, options, out), out)
 
     return job
 
 
 def measure_size(
-    peers: list[type[Peer]], size: int, world: int, options: Options, out: Out
+    bench: str, peers: list[type[Peer]], size: int, world: int, options: Options, out: Out
 ) -> Case:
-    """All peers at one size: correctness first, then time."""
-    plan, restarts = options.plan, options.restarts
-    with out.progress(harness.ticks(len(peers), plan, restarts)) as tick:
-        run = harness.compare(
-            harness.entries(peers, world, size),
-            *(plan, restarts, options.seed, tick),
-            check=lambda teams: check_weights(teams, world, size, options.seed),
-        )
-    return Case("step", size, 4 * size, world, run, report.facts())
+    """All peers at one size, for the suite `bench`: correctness first, then time."""
+    entered = harness.entries(peers, world, size)
+    run = suites.compare(
+        *(entered, options, out),
+        check=lambda teams: check_weights(teams, world, size, options.seed),
+    )
+    return Case(bench, size, 4 * size, world, run, report.facts())
 
 
-def check_weights(teams: Mapping[str, Team], world: int, size: int, seed: int) -> None:
+def check_weights(teams: Teams, world: int, size: int, seed: int) -> None:
     """Runs the first rounds. Raises BenchError unless every worker holds NumPy's weights."""
-    expected = problem.reference(world, size, seed, _CHECKED_ROUNDS)
+    expected = problem.reference(world, size, seed, CHECKED_ROUNDS)
     for team in teams.values():
         with team.awake():
-            team.run(_CHECKED_ROUNDS)
-            harness.check(team, expected, _CHECKED_ROUNDS)
+            team.run(CHECKED_ROUNDS)
+            harness.check(team, expected, CHECKED_ROUNDS)
 
 
 def _fitting(peers: list[type[Peer]], size: int, world: int) -> tuple[list[type[Peer]], list[str]]:

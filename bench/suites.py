@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from . import harness
+from .harness import Entry, Run
 from .naming import nearest
 from .options import Level, Options, require_writable
 from .out import Out, complaints
 from .peers.base import Peer
+from .peers.team import Team
 
 # What is left of a suite once its options are checked: it measures, and tells.
 Job = Callable[[Out], None]
+Teams = Mapping[str, Team]  # by the names of their entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,31 @@ def participants(
     if left_out:
         notes.append(f"a quick run leaves {', '.join(left_out)} out; --peers names who takes part")
     return [peer for peer in chosen if peer in quick], notes
+
+
+def compare(
+    entered: Sequence[Entry],
+    options: Options,
+    out: Out,
+    check: Callable[[Teams], None],
+    sharing: Callable[[Teams], Iterable[Team]] = lambda teams: teams.values(),
+) -> Run:
+    """Checks and measures all participants, with new processes for each restart.
+
+    check    called with teams that have run no round yet; raises BenchError for a wrong result
+    sharing  the teams whose workers must hold the same bits after all rounds
+    """
+    plan, runs = options.plan, []
+    steps = len(entered) * (2 + plan.blocks) + 1
+    with out.progress(options.restarts * steps) as tick:
+        for _ in range(options.restarts):
+            with harness.all_teams(entered, options.seed, tick) as teams:
+                tick("check")
+                check(teams)
+                runs.append(harness.measure(teams, plan, tick))
+                for team in sharing(teams):
+                    harness.check_agreement(team)
+    return harness.merged(runs)
 
 
 def environ(**more: str) -> dict[str, str]:

@@ -8,7 +8,6 @@ fixed random data, 16 rows a worker. First zps and DDP have to reach the same we
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -20,6 +19,7 @@ from .peers.base import Peer
 from .peers.team import Team
 from .peers.training import TrainDdp, TrainLocal, TrainZps, parameters
 from .report import Case
+from .suites import Teams
 
 PEERS: tuple[type[Peer], ...] = (TrainZps, TrainDdp, TrainLocal)
 _QUICK_PEERS: tuple[type[Peer], ...] = (TrainZps, TrainDdp)
@@ -49,7 +49,7 @@ def prepare(options: Options, width: int | None = None) -> suites.Job:
     return job
 
 
-def check_weights(teams: Mapping[str, Team]) -> None:
+def check_weights(teams: Teams) -> None:
     """Raises BenchError unless all workers of zps and DDP hold the same weights."""
     expected = None
     for team in _sharing(teams):
@@ -62,7 +62,7 @@ def check_weights(teams: Mapping[str, Team]) -> None:
                 harness.check(team, expected, _CHECKED_STEPS, rtol=_RTOL, atol=_ATOL)
 
 
-def _sharing(teams: Mapping[str, Team]) -> list[Team]:
+def _sharing(teams: Teams) -> list[Team]:
     return [team for name, team in teams.items() if name != TrainLocal.name]
 
 
@@ -70,14 +70,8 @@ def measure_width(
     peers: list[type[Peer]], width: int, world: int, options: Options, out: Out
 ) -> Case:
     """All peers on a model of this width: correctness first, then time."""
-    plan, restarts = options.plan, options.restarts
-    with out.progress(harness.ticks(len(peers), plan, restarts)) as tick:
-        run = harness.compare(
-            harness.entries(peers, world, width),
-            *(plan, restarts, options.seed, tick),
-            check=check_weights,
-            sharing=_sharing,
-        )
+    entered = harness.entries(peers, world, width)
+    run = suites.compare(entered, options, out, check_weights, _sharing)
     size = parameters(width)
     return Case("train", size, 4 * size, world, run, report.facts())
 

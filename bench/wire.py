@@ -10,18 +10,17 @@ would. `memory`: what a hub holds when eight workers push and one is late.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from . import footprint, harness, netns, report, suites
+from . import footprint, harness, netns, report, sections, suites
 from .netns import Counters, Host
 from .options import Level, Options, read
 from .out import Out, Record
@@ -58,35 +57,48 @@ Peers = Sequence[type[Remote]]
 def measure_link(
     peers: Peers, size: int, rate: str, options: Options, out: Out
 ) -> tuple[Case, dict[str, str]]:
-    """All codecs at one size: results first, then bytes, then time.
+    """All codecs at one size: results first, then bytes, then time, anew for each restart.
 
     Returns the case, and why each participant that is not in it was left out.
     """
-    plan, seed = options.plan, options.seed
-    with ExitStack() as stack:
-        steps = len(peers) * (5 + plan.blocks) + 2
-        tick = stack.enter_context(out.progress(steps))
-        hub, workers = stack.enter_context(netns.network(rate))
-        teams, skipped = _seat(stack, peers, hub, workers, size, seed, tick)
-        for name, team in teams.items():
-            tick(f"check {name}")
-            check_weights(team, size, seed, _expected_digest(name, size, seed))
-        wire = {name: count_bytes(team, workers, size) for name, team in teams.items()}
-        tick("bandwidth")
+    steps = len(peers) * (4 + options.plan.blocks) + 1
+    with out.progress(options.restarts * steps) as tick, netns.network(rate) as (hub, workers):
         before = netns.bandwidth(workers, hub, 4 * size)
-        run = harness.measure(teams, plan, tick)
+        starts = [_start(peers, hub, workers, size, options, tick) for _ in range(options.restarts)]
         after = netns.bandwidth(workers, hub, 4 * size)
+    run, (_, wire, skipped) = harness.merged([start.run for start in starts]), starts[-1]
     plain = (before + after) / 2
     share = 4 * size / (run.measured["none"].p(50) * 1e-6) / plain
-    link = {
+    link: Record = {
         "rate": rate,
         "plain_tcp_bytes_per_s": round(plain),
         "share": round(share, 3),
-        "goal": SHARE_GOAL,
-        "met": share >= SHARE_GOAL,
     }
+    if size >= _SIZE:  # a model of few buckets has no second one to send while the first comes back
+        link |= {"goal": SHARE_GOAL, "met": share >= SHARE_GOAL}
     facts = {"wire": wire, "link": link, "skipped": skipped, **report.facts()}
     return Case("wire", size, 4 * size, 1, run, facts), skipped
+
+
+class _Start(NamedTuple):
+    """What one start of all processes showed: rounds, bytes by participant, who is left out."""
+
+    run: harness.Run
+    wire: dict[str, dict[str, Any]]
+    skipped: dict[str, str]
+
+
+def _start(
+    peers: Peers, hub: Host, workers: Host, size: int, options: Options, tick: Tick
+) -> _Start:
+    with ExitStack() as stack:
+        teams, skipped = _seat(stack, peers, hub, workers, size, options.seed, tick)
+        for name, team in teams.items():
+            tick(f"check {name}")
+            digest = _expected_digest(name, size, options.seed)
+            check_weights(team, size, options.seed, digest)
+        wire = {name: count_bytes(team, workers, size) for name, team in teams.items()}
+        return _Start(harness.measure(teams, options.plan, tick), wire, skipped)
 
 
 def _seat(
@@ -176,18 +188,8 @@ def _compared(counted: int, packets: int, formula: int) -> dict[str, Any]:
 def tell_link(case: Case, skipped: dict[str, str], out: Out) -> None:
     """The table and the lines of the case, and what they do not show."""
     report.tell(case, out)
-    for name, ways in case.facts["wire"].items():
-        told = ", ".join(
-            f"{ways[way]['bytes'] / 1e6:.2f} MB {text} (formula {ways[way]['off']:+.2%})"
-            for way, text in (("to_hub", "to the hub"), ("from_hub", "back"))
-        )
-        out.show(f"{name}: {told}")
-    link = case.facts["link"]
-    colour = "green" if link["met"] else "red"
-    out.show(
-        f"none: [{colour}]{link['share']:.1%}[/{colour}] (goal {SHARE_GOAL:.0%}) of the "
-        f"{link['plain_tcp_bytes_per_s'] * 8 / 1e6:.0f} Mb/s that plain TCP reaches"
-    )
+    for line in sections.link(case.facts):
+        out.show(line)
     for name, reason in skipped.items():
         _skip(name, reason, out)
 
@@ -264,8 +266,8 @@ def measure_memory(out: Out, nbytes: int = _MEMORY_BYTES) -> dict[str, Any]:
 # --- what a person reads -------------------------------------------------------------------------
 
 
-def _tell(case: str, record: Record, out: Out) -> None:
-    out.show(f"{case}: {json.dumps(record)}")
+def _tell(case: str, line: str, record: Record, out: Out) -> None:
+    out.show(line)
     out.record({"bench": "wire", "what": case, **record, **report.facts()})
 
 
@@ -313,7 +315,8 @@ def prepare(options: Options, cases: str | None = None, rate: str = "1gbit") -> 
             if reason := reasons[name]:
                 _skip(name, reason, out)
             elif name == "memory":
-                _tell(name, measure_memory(out, memory_bytes), out)
+                found = measure_memory(out, memory_bytes)
+                _tell(name, sections.memory(found), found, out)
             else:
                 for size in sizes:
                     _run_between_hosts(name, peers, size, rate, options, out)
@@ -327,7 +330,8 @@ def _run_between_hosts(
     if name == "link":
         tell_link(*measure_link(peers, size, rate, options, out), out)
     else:
-        _tell(name, measure_node(size, rate, options.seed, out), out)
+        found = measure_node(size, rate, options.seed, out)
+        _tell(name, sections.node(found), found, out)
 
 
 @app.command()
@@ -337,13 +341,16 @@ def main(
     cases: Annotated[str | None, typer.Option(help="comma-separated; default: all")] = None,
     quick: report.Quick = False,
     cycles: report.Cycles = None,
+    restarts: report.Restarts = 1,
     calm: report.Calm = None,
     seed: report.Seed = 0,
     json_file: report.JsonFile = None,
 ) -> None:
     """Count and time rounds between two hosts, and weigh the hub."""
     with suites.alone("bench.wire", json_file) as out:
-        options = read(quick=quick, cycles=cycles, calm=calm, seed=seed, sizes=size)
+        options = read(
+            quick=quick, cycles=cycles, restarts=restarts, calm=calm, seed=seed, sizes=size
+        )
         prepare(options, cases, rate)(out)
 
 

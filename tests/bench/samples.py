@@ -100,3 +100,59 @@ BREAKDOWN: Record = {
     "workers": 2,
     "parts_us": {"encode": 100.0, "apply": 200.0, "wake": 100.0},
 }
+
+SERVER_TIME: Record = {
+    "bench": "rtt",
+    "what": "zps-cpu",
+    "size": 1000,
+    "workers": 2,
+    "server_us": 5.0,
+    "peers": {"echo": {"server_us": 20.0, "ratio": 4.0, "ratio_ci95": [2.0, 5.0]}},
+}
+
+
+def coded(what: str, codec: str, contributors: int, ratio: float, **more: Any) -> Record:
+    return {
+        "bench": "codecs",
+        "what": what,
+        "codec": codec,
+        "contributors": contributors,
+        "elements": SIZE,
+        "peer": "stream",
+        "ratio": ratio,
+        "ratio_ci95": [ratio - 0.1, ratio + 0.1],
+        "goal": 0.8,
+        "gbps": 12.0,
+        **more,
+    }
+
+
+CODECS: list[Record] = [
+    coded("encode", "int8", 1, 0.5),
+    coded("encode", "fp16", 1, 0.6),
+    coded("encode", "topk 1 %", 1, 12.0, peer="torch.topk", goal=5.0),
+    coded("apply", "fp16", 1, 0.9),
+    coded("apply", "int8", 2, 0.7),
+]
+
+_ONE_WAY = {"bytes": 1_020_000, "formula": 1_019_900, "off": 0.0001}
+_NODE_WAY = {"bytes": 4_000_000, "formula": 4_010_000, "off": -0.0025}
+WIRE: list[Record] = [
+    {
+        **record,
+        "wire": {"zps-int8": {"to_hub": _ONE_WAY, "from_hub": _ONE_WAY}},
+        "link": {"plain_tcp_bytes_per_s": 125_000_000, "share": 0.94, "goal": 0.9, "met": True},
+    }
+    for record in told("wire", SIZE, 1, zps_int8=100.0, none=400.0)[:1]
+] + [
+    {"bench": "wire", "what": "node", "workers": 4, "to_hub": _NODE_WAY, "from_hub": _NODE_WAY},
+    {
+        "bench": "wire",
+        "what": "memory",
+        "workers": 8,
+        "bytes": 16_777_216,
+        "peak_bytes": 126_779_392,
+        "ratio": 1.08,
+        "goal": 1.3,
+    },
+]
