@@ -18,9 +18,11 @@ import zmq
 from zps import native
 from zps.codec.plan import Plan
 from zps.config import Settings
+from zps.core.collectives import Collectives
 from zps.core.membership import Verdict
 from zps.core.rounds import MAX_AHEAD
 from zps.errors import OutOfMemory, ProtocolError, ZpsError
+from zps.hub import state
 from zps.hub.courier import Courier
 from zps.hub.docket import Findings
 from zps.hub.engine import Engine, Policy
@@ -28,10 +30,10 @@ from zps.hub.express import Express
 from zps.hub.job import Declaration, Job, Peer, Refused, ResolveRule
 from zps.hub.pushes import Pushes
 from zps.hub.roster import Roster
+from zps.hub.service import Service, check_repeated
 from zps.hub.store import Store
-from zps.memory.bell import Bell, Doorway
+from zps.memory.bell import Doorway
 from zps.memory.control import Control
-from zps.memory.segment import Segment, private_bytes
 from zps.trace import Tracer
 from zps.wire import messages as m
 from zps.wire.sockets import Frame, Router, host_id, readable
@@ -65,7 +67,6 @@ class Hub:
         self._resolve_rule = resolve_rule
         self._on_event = on_event
         self._tracer = Tracer(settings.trace, self.role)
-        self._keeps_base = settings.staleness_policy == "dc"  # it needs what workers computed on
         self._pool = native.Pool(settings.hub_threads or len(os.sched_getaffinity(0)))
         self._poller = zmq.Poller()
         self._poller.register(router.socket, zmq.POLLIN)
@@ -85,7 +86,7 @@ class Hub:
         try:
             while not self._stopping:
                 timeout_ms = _POLL_BACKLOG_MS if self._has_backlog else int(_BEAT_S * 1000)
-                looked = self._express is not None and self._run_express(self._express)
+                looked = self._service is not None and self._run_express(self._service.express)
                 timeout_ms = 0 if looked else timeout_ms
                 self._beat(looked=looked)
                 readable = dict(self._poller.poll(timeout_ms))
@@ -121,11 +122,8 @@ class Hub:
     def _begin(self) -> None:
         """A new life: nothing from before has a meaning any more."""
         self._roster = Roster(self.settings)
-        self._job: Job | None = None
-        self._courier: Courier | None = None
-        self._pushes: Pushes | None = None
-        self._express: Express | None = None
-        self._collective: dict[str, dict[int, int]] = {"publish": {}, "barrier": {}}
+        self._service: Service | None = None
+        self._collectives = Collectives("publish", "barrier")
         self._awaiting_rank0: list[tuple[Peer, m.Declare, Sequence[Frame]]] = []
         self._entering: list[tuple[Peer, int]] = []  # (newcomer, its request)
         self._replace_by: dict[int, float] = {}  # dead rank -> until when the others wait for it
@@ -177,26 +175,29 @@ class Hub:
                 self._guarded(peer.route, partial(self._take_ring, peer))
 
     def _flush(self) -> None:
-        job = self._job
-        if job is None:
+        service = self._service
+        if service is None:
             return
-        job.engine.flush()
-        if self._courier is not None:
-            with self._tracer.span("reply"):
-                self._courier.turn()
-            for session in self._courier.unreachable():
-                peer = self._roster.of_session(session)
-                if peer is not None:
-                    self._lose(peer, "it does not take its messages")
-        if self._job is not job:
+        service.job.engine.flush()
+        with self._tracer.span("reply"):
+            service.courier.turn()
+        for session in service.courier.unreachable():
+            peer = self._roster.of_session(session)
+            if peer is not None:
+                self._lose(peer, "it does not take its messages")
+        if self._service is not service:
             return  # that was the last one
-        self._ask(job)
+        self._ask(service.job)
         if self._entering:
-            self._let_in(job)
+            self._let_in(service.job)
 
     @property
     def _has_backlog(self) -> bool:
-        return self._router.backlog or (self._courier is not None and self._courier.backlog)
+        return self._router.backlog or (self._service is not None and self._service.courier.backlog)
+
+    @property
+    def _job(self) -> Job | None:
+        return None if self._service is None else self._service.job
 
     def _beat(self, *, looked: bool) -> None:
         """Do what is due now and then. looked: no bell has rung unheard just now."""
@@ -230,7 +231,7 @@ class Hub:
             self._job.close()
         self._router.close()
         self._doorway.close()
-        self._express = None  # it holds the pool
+        self._service = None  # it holds the pool
         self._pool.close()
 
     def _number(self, job: Job) -> int:
@@ -294,7 +295,7 @@ class Hub:
         self._flush()  # whatever is asked for now comes after the pushes before it
         if isinstance(message, m.Verdict):
             findings = Findings(message.norm_sq, message.finite)
-            self._declared(peer).engine.decide(peer.rank, message.round, findings)
+            self._declared(peer).job.engine.decide(peer.rank, message.round, findings)
         elif isinstance(message, m.Declare):
             self._on_declare(peer, message, payload)
         elif isinstance(message, m.Enter):
@@ -362,32 +363,31 @@ class Hub:
             self._stop_awaiting(peer)
             self._awaiting_rank0.append((peer, message, payload))  # rank 0's model is the model
             return
-        if self._job is None:
-            self._open_job(declared, f"rank {peer.rank}")
-            assert self._job is not None
-        self._job.check_same(declared, f"rank {peer.rank}")
+        if self._service is None:
+            self._service = self._open(declared, f"rank {peer.rank}")
+        service, job = self._service, self._service.job
+        job.check_same(declared, f"rank {peer.rank}")
         if peer.declared:  # it asks again, because the answer came too late for it
-            _check_repeated(peer, declared, shared=message.shared)
+            check_repeated(peer, declared, shared=message.shared)
         else:
-            self._attach(self._job, peer, declared)
+            self._enlist(job, peer, declared)
         peer.shares = message.shared
-        self._equip(self._job, peer, shared=message.shared)
+        service.equip(peer, shared=message.shared)
         if message.hubs > 1 and self._roster.formed:
             # All hubs let it in at the same round: they hear which one when each has named its own.
-            self._send_attach(self._job, peer, message.seq)
+            self._send_attach(peer, message.seq)
         else:
-            self._await_entry(self._job, peer, message.seq)
+            self._await_entry(job, peer, message.seq)
         waiting, self._awaiting_rank0 = self._awaiting_rank0, []
         for other, declare, frames in waiting:
             self._asked = declare.seq
             self._guarded(other.route, partial(self._on_declare, other, declare, frames))
 
-    def _open_job(self, declared: Declaration, who: str) -> None:
-        settings, tracer = self.settings, self._tracer
+    def _open(self, declared: Declaration, who: str) -> Service:
         try:
             job = Job.open(
                 declared,
-                settings,
+                self.settings,
                 epoch=self._roster.epoch,
                 world_size=self._roster.world_size,
                 who=who,
@@ -402,21 +402,11 @@ class Hub:
             self._awaiting_rank0.clear()
             raise
         job.control.beat(time.monotonic_ns())
-        back = Plan.build(job.layout, settings.pull_codecs, settings.compression_min_bytes)
-        self._job = job
-        self._courier = Courier(
-            job,
-            self._roster,
-            self._router,
-            budget=settings.hub_buffer_bytes,
-            in_step=settings.mode == "bsp" and settings.quorum == 1,
-            way_back=back,
-        )
-        self._pushes = Pushes(job, self._courier, tracer, keeps_base=self._keeps_base)
-        self._express = Express(
-            *(job, self._roster, self._pool, tracer),
-            plain=self._pushes.plain,
-            doorway=self._doorway.inner,
+        return Service.open(
+            *(job, self.settings, self._roster, self._router),
+            pool=self._pool,
+            tracer=self._tracer,
+            doorway=self._doorway,
         )
 
     def _make_engine(self, declared: Declaration, control: Control, policy: Policy) -> Engine:
@@ -435,23 +425,7 @@ class Hub:
         several = declared.place[1] > 1
         return Engine(store, control, policy, self._tracer, one_of_several=several)
 
-    def _equip(self, job: Job, peer: Peer, *, shared: bool) -> None:
-        """Slots in memory that both see, or else room for what has to be remembered of it."""
-        if shared and peer.pidfd >= 0:
-            if peer.slots is None:
-                nbytes = job.store.plan.total_bytes
-                nbytes += job.layout.arena_bytes if self._keeps_base else 0
-                peer.slots = Segment.create(f"slots-{peer.rank}", nbytes)
-                peer.bell = Bell.create(peer.rank, len(job.layout.buckets))
-            return
-        peer.share_nothing()  # it could not map what it was offered
-        assert self._courier is not None
-        assert peer.hypers is not None
-        job.engine.expect_remote(peer.hypers)  # may refuse, before anything is kept for it
-        if peer.base is None and (self._keeps_base or self._courier.remembers_peers()):
-            peer.base = private_bytes(job.layout.arena_bytes, f"what rank {peer.rank} holds")
-
-    def _attach(self, job: Job, peer: Peer, declared: Declaration) -> None:
+    def _enlist(self, job: Job, peer: Peer, declared: Declaration) -> None:
         job.store.ensure_state(declared.hypers)  # may refuse, before anything is changed
         peer.declared = True
         peer.hypers = peer.first_hypers = declared.hypers
@@ -461,7 +435,7 @@ class Hub:
         peer.first_round = job.engine.join(peer.rank)
 
     def _on_enter(self, peer: Peer, enter: m.Enter) -> None:
-        job = self._declared(peer)
+        job = self._declared(peer).job
         if enter.round > peer.first_round:
             if job.declared.place[1] == 1 or enter.round > peer.first_round + MAX_AHEAD:
                 raise ProtocolError(f"an entry at round {enter.round}, not {peer.first_round}")
@@ -487,23 +461,12 @@ class Hub:
                 self._entering.append((peer, seq))
                 continue
             peer.entered = True
-            self._send_attach(job, peer, seq)
+            self._send_attach(peer, seq)
 
-    def _send_attach(self, job: Job, peer: Peer, seq: int) -> None:
-        job.control.mail[peer.rank] = 0  # counts from here, this answer first
-        self._reply(
-            peer,
-            m.Attach(
-                seq=seq,
-                control=_at(job.control.segment) if peer.slots else None,
-                weights=_at(job.store.weights) if peer.slots else None,
-                slots=_at(peer.slots) if peer.slots else None,
-                bell=_at(peer.bell.segment) if peer.bell else None,
-                doorway=self._doorway.outer if peer.bell else None,
-                first_round=peer.first_round,
-                formed=self._roster.formed,
-            ),
-        )
+    def _send_attach(self, peer: Peer, seq: int) -> None:
+        assert self._service is not None
+        self._service.job.control.mail[peer.rank] = 0  # counts from here, this answer first
+        self._reply(peer, self._service.attachment(peer, seq, formed=self._roster.formed))
 
     # --- rounds -------------------------------------------------------------------------------
 
@@ -526,18 +489,17 @@ class Hub:
 
     def _formed(self, peer: Peer) -> Pushes:
         """Where a peer's pushes go. Raises Refused before the job has begun."""
-        self._declared(peer)
-        assert self._pushes is not None
+        service = self._declared(peer)
         peer.at_work = True
         if not self._roster.formed:
             raise Refused("not_formed", "a push before the initial weights were published")
-        return self._pushes
+        return service.pushes
 
     def _remote(self, peer: Peer) -> Courier:
-        self._declared(peer)
-        if peer.slots is not None or self._courier is None:
+        service = self._declared(peer)
+        if peer.slots is not None:
             raise ProtocolError(f"rank {peer.rank} shares the hub's memory: it sends no payload")
-        return self._courier
+        return service.courier
 
     def _ask(self, job: Job) -> None:
         """Tell the workers what is known here of rounds on hold: they see all hubs."""
@@ -551,24 +513,19 @@ class Hub:
 
     def _collect(self, what: str, peer: Peer, seq: int) -> None:
         """A collective: answered to all once all have asked."""
-        self._collective[what][peer.rank] = seq
+        self._collectives.ask(what, peer.rank, seq)
         self._finish_collectives()
 
     def _finish_collectives(self) -> None:
-        for what, asked in self._collective.items():
-            if not asked or not set(self._roster.needed()) <= set(asked):
-                continue
-            done = dict(asked)
-            asked.clear()
-            self._on_collective(what, done)
+        for what, asked in self._collectives.complete(self._roster.needed()):
+            self._on_collective(what, asked)
 
     def _on_collective(self, what: str, asked: Mapping[int, int]) -> None:
         """Everyone has asked: `asked` are their requests by rank."""
         if what == "publish":
-            assert self._job is not None
-            self._job.store.adopt_published()
-            if self._courier is not None:
-                self._courier.published()
+            assert self._service is not None
+            self._service.job.store.adopt_published()
+            self._service.courier.published()
             self._form()
         self._answer_all(asked)
 
@@ -587,37 +544,17 @@ class Hub:
     # --- reading and writing state ------------------------------------------------------------
 
     def _on_read(self, peer: Peer, read: m.Read) -> None:
-        store = self._declared(peer).store
-        if read.what == "state":
-            data = store.read_state(read.field, read.index)
-        elif read.what == "weights":
-            data = store.read_master(read.index)
-        elif read.what == "extra":
-            data = store.read_extra(read.index)
-        elif read.what == "steps":
-            data = store.control.steps.tobytes()
-        else:
-            data = store.read_foreign(read.index)
+        data = state.read(self._declared(peer).job.store, read)
         step = self.settings.bucket_bytes  # no frame is larger than what a socket accepts
         chunks = [data[at : at + step] for at in range(0, len(data), step)]
         self._reply(peer, m.Ok(seq=read.seq), *chunks)
 
     def _on_write(self, peer: Peer, write: m.Write, payload: Sequence[Frame]) -> None:
-        store = self._declared(peer).store
-        data = b"".join(payload)
-        if write.what == "state":
-            store.write_state(write.field, write.index, data)
-        elif write.what == "published":
-            store.write_published(write.index, data)
-        elif write.what == "extra":
-            store.write_extra(write.index, data)
-        else:
-            store.write_foreign(write.index, data)
+        state.write(self._declared(peer).job.store, write, b"".join(payload))
         self._reply(peer, m.Ok(seq=write.seq))
 
     def _on_set_steps(self, peer: Peer, message: m.SetSteps, payload: Sequence[Frame]) -> None:
-        job = self._declared(peer)
-        job.store.set_steps(m.array(_only(payload), np.int64))
+        self._declared(peer).job.store.set_steps(m.array(_only(payload), np.int64))
         self._reply(peer, m.Ok(seq=message.seq))
 
     def _on_stats(self, peer: Peer, message: m.Stats) -> None:
@@ -640,14 +577,12 @@ class Hub:
     def _awaited(self) -> set[int]:
         """The ranks whose gradients an open round needs, or who have yet to come to a barrier."""
         ranks = set(self._job.engine.waiting_for()) if self._job else set()
-        for asked in self._collective.values():
-            ranks |= set(self._roster.needed()) - set(asked) if asked else set()
-        return ranks
+        return ranks | self._collectives.awaited(self._roster.needed())
 
     def _missing(self) -> list[int]:
         """The ranks that formation waits for."""
-        asked = self._collective["publish"]
-        return [rank for rank in self._roster.ranks if rank not in asked]
+        came = self._collectives.came("publish")
+        return [rank for rank in self._roster.ranks if rank not in came]
 
     # --- leaving ------------------------------------------------------------------------------
 
@@ -686,11 +621,10 @@ class Hub:
     def _forget(self, peer: Peer, *, keep_waiting: bool = False) -> None:
         if peer.pidfd >= 0:
             self.unwatch(peer.pidfd)
-        if self._courier is not None:
-            self._courier.forget(peer)
+        if self._service is not None:
+            self._service.courier.forget(peer)
         self._roster.remove(peer)
-        for asked in self._collective.values():
-            asked.pop(peer.rank, None)
+        self._collectives.leave(peer.rank)
         self._stop_awaiting(peer)
         if self._stopping:
             return  # nothing goes on: whoever waits will hear why
@@ -720,10 +654,10 @@ class Hub:
 
     # --- sending ------------------------------------------------------------------------------
 
-    def _declared(self, peer: Peer) -> Job:
-        if self._job is None or not peer.declared:
+    def _declared(self, peer: Peer) -> Service:
+        if self._service is None or not peer.declared:
             raise Refused("not_declared", f"rank {peer.rank} has not declared its parameters")
-        return self._job
+        return self._service
 
     def _reply(self, peer: Peer, message: m.Message, *payload: Frame) -> None:
         peer.last_reply = [m.encode(message), *payload]
@@ -745,29 +679,7 @@ class Hub:
             self._router.send(route, refusal)
 
 
-def _check_repeated(peer: Peer, declared: Declaration, *, shared: bool) -> None:
-    """Raise Refused if a peer that has declared says something else now.
-
-    It may change to messages, when it cannot map what it was offered, until it is at work.
-    """
-    first = peer.first_hypers
-    assert first is not None
-    if declared.hypers.groups != first.groups:
-        raise Refused(
-            "declared",
-            f"rank {peer.rank} has declared other hyperparameters; new ones come with a push",
-        )
-    if shared != peer.shares and peer.at_work:
-        agreed = "shared memory" if peer.shares else "messages"
-        raise Refused("declared", f"rank {peer.rank} is at work over {agreed}, and stays with that")
-
-
 def _only(payload: Sequence[Frame]) -> Frame:
     if len(payload) != 1:
         raise ProtocolError(f"1 payload frame expected, {len(payload)} came")
     return payload[0]
-
-
-def _at(segment: Segment) -> m.SegmentAt:
-    ref = segment.ref
-    return m.SegmentAt(pid=ref.pid, fd=ref.fd, nbytes=ref.nbytes)
