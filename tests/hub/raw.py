@@ -18,6 +18,7 @@ import zmq
 from zps.core.layout import Layout, Param
 from zps.memory.segment import Segment, SegmentRef
 from zps.wire import messages as m
+from zps.wire import packing
 from zps.wire.hypers import pack_hypers
 from zps.wire.sockets import host_id
 
@@ -128,7 +129,7 @@ class Raw:
         self.layout = Layout.build(params, bucket_bytes=4096, fuse=False)
         header = self.header("declare", layout_hash=self.layout.hash, rule=rule, shared=shared)
         groups = [{"params": list(range(len(params))), **(hypers or {})}]
-        return header, m.pack(self.layout.to_wire()), pack_hypers(groups, None)
+        return header, packing.pack(self.layout.to_wire()), pack_hypers(groups, None)
 
     # --- honest steps -------------------------------------------------------------------------
 
@@ -162,5 +163,5 @@ class Raw:
         """The hub's account."""
         self.send(self.header("stats"))
         self.expect(m.Ok)
-        facts: Fields = m.unpack(self.payload[0])
+        facts: Fields = packing.unpack(self.payload[0])
         return facts

@@ -17,6 +17,7 @@ from tests.hub.raw import JOB, Raw
 from tests.workers import Crew
 from zps.core.layout import Layout
 from zps.wire import messages as m
+from zps.wire import packing
 
 # --- hellos -------------------------------------------------------------------------------------
 
@@ -121,7 +122,7 @@ def test_a_push_before_the_first_weights_is_refused(hub: str, raw: Raw) -> None:
 def layout_frame(raw: Raw, *params: list[Any], bucket_bytes: int = 4096) -> tuple[Any, ...]:
     wire = [bucket_bytes, True, False, list(params), []]
     header = raw.header("declare", layout_hash="0" * 64, rule="sum")
-    return header, m.pack(wire), hypers({"params": list(range(len(params)))})
+    return header, packing.pack(wire), hypers({"params": list(range(len(params)))})
 
 
 DECLARATIONS: dict[str, tuple[Callable[[Raw], tuple[Any, ...]], str, str]] = {
@@ -208,7 +209,7 @@ def test_what_does_not_fit_into_memory_is_refused_and_leaves_nothing(crew: Crew,
     digest = Layout.from_wire(wire).hash
     for _ in range(4):
         header = raw.header("declare", layout_hash=digest, rule="sum")
-        refusal = raw.refused(header, m.pack(wire), hypers({"params": [0]}))
+        refusal = raw.refused(header, packing.pack(wire), hypers({"params": [0]}))
         assert refusal.code == "out_of_memory"
         assert f"{1 << 47:,} bytes, but only" in refusal.text
     for path in Path(f"/proc/{hub.pid}/fd").iterdir():

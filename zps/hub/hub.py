@@ -36,6 +36,7 @@ from zps.memory.bell import Doorway
 from zps.memory.control import Control
 from zps.trace import Tracer
 from zps.wire import messages as m
+from zps.wire import packing
 from zps.wire.sockets import Frame, Router, host_id, readable
 
 log = logging.getLogger("zps.hub")
@@ -351,11 +352,11 @@ class Hub:
             raise ProtocolError(f"a declaration has 2 payload frames or 3, not {len(payload)}")
         declared = Declaration.read(
             message.rule,
-            m.unpack(payload[0]),
+            packing.unpack(payload[0]),
             bytes(payload[1]),
             self._resolve_rule,
             place=(message.hub, message.hubs),
-            whole_data=m.unpack(payload[2]) if len(payload) == 3 else None,
+            whole_data=packing.unpack(payload[2]) if len(payload) == 3 else None,
         )
         if declared.layout.hash != message.layout_hash:
             raise ProtocolError("the layout does not match its hash")
@@ -554,11 +555,11 @@ class Hub:
         self._reply(peer, m.Ok(seq=write.seq))
 
     def _on_set_steps(self, peer: Peer, message: m.SetSteps, payload: Sequence[Frame]) -> None:
-        self._declared(peer).job.store.set_steps(m.array(_only(payload), np.int64))
+        self._declared(peer).job.store.set_steps(packing.array(_only(payload), np.int64))
         self._reply(peer, m.Ok(seq=message.seq))
 
     def _on_stats(self, peer: Peer, message: m.Stats) -> None:
-        self._reply(peer, m.Ok(seq=message.seq), m.pack(self.stats()))
+        self._reply(peer, m.Ok(seq=message.seq), packing.pack(self.stats()))
 
     def stats(self) -> dict[str, Any]:
         """What a person would ask a hub: who is here, how far, what was dropped."""

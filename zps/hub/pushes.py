@@ -13,6 +13,7 @@ from zps.hub.store import Hypers, Pushed
 from zps.memory.bell import Ring
 from zps.trace import Tracer
 from zps.wire import messages as m
+from zps.wire import packing
 from zps.wire.sockets import Frame
 
 _PLAIN = Ring(seq=0, after=0, round=0, samples=1.0, grad_scale=1.0, finite=True, hold=False)
@@ -38,7 +39,7 @@ class Pushes:
         self._check_free(peer, push.buckets)
         if peer.slots is not None and inline:
             raise ProtocolError("a push with a payload, from a worker that shares its memory")
-        absent = m.array(payload[-1], np.uint32).tolist() if push.absent else ()
+        absent = packing.array(payload[-1], np.uint32).tolist() if push.absent else ()
         hypers = self._job.new_hypers(bytes(payload[0])) if push.hypers else peer.hypers
         assert hypers is not None
         peer.rings = False

@@ -24,6 +24,7 @@ from zps.relay.forward import Forward
 from zps.relay.store import NodeStore, resolve
 from zps.relay.upstream import Upstream
 from zps.wire import messages as m
+from zps.wire import packing
 from zps.wire.sockets import Frame, Router
 
 log = logging.getLogger("zps.hub")
@@ -256,9 +257,9 @@ class NodeHub(Hub):
 
     def _on_stats(self, peer: Peer, message: m.Stats) -> None:
         def then(_: m.Message, payload: list[Frame]) -> None:
-            facts = self._merged(m.unpack(payload[0]))
+            facts = self._merged(packing.unpack(payload[0]))
             if self._roster.holds(peer):
-                self._reply(peer, m.Ok(seq=message.seq), m.pack(facts))
+                self._reply(peer, m.Ok(seq=message.seq), packing.pack(facts))
 
         self._up.ask(m.Stats, then=then)
 

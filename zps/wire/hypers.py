@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zps.errors import ConfigError, ProtocolError
-from zps.wire.messages import pack, unpack
+from zps.wire.packing import pack, unpack
 
 _MAX_CONTAINERS = 1 << 16
 

@@ -13,6 +13,7 @@ from zps.core.layout import Layout
 from zps.core.shards import Shard
 from zps.errors import ConfigError, ProtocolError, ZpsError
 from zps.wire import messages as m
+from zps.wire import packing
 from zps.worker.link import Link
 from zps.worker.session import Session
 from zps.worker.shm_link import reachable
@@ -60,9 +61,9 @@ def declare(
     """
     answers = []
     for hub, (session, shard) in enumerate(zip(sessions, shards, strict=True)):
-        payload = [m.pack(shard.layout.to_wire()), hypers[hub]]
+        payload = [packing.pack(shard.layout.to_wire()), hypers[hub]]
         if hub == 0 and len(sessions) > 1:
-            payload.append(m.pack(whole.to_wire()))  # it can say what differs, and how
+            payload.append(packing.pack(whole.to_wire()))  # it can say what differs, and how
         declaration = {
             "layout_hash": shard.layout.hash,
             "rule": rule,

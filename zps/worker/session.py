@@ -31,6 +31,7 @@ from zps.errors import (
     ZpsError,
 )
 from zps.wire import messages as m
+from zps.wire import packing
 from zps.wire.address import home_of, sweep_home
 from zps.wire.messages import SHARED_SETTINGS
 from zps.wire.sockets import Dealer, Frame, host_id, readable
@@ -392,14 +393,14 @@ class Session:
     def stats(self) -> dict[str, Any]:
         """The hub's own account: see the STATS message."""
         _, payload = self.request(m.Stats)
-        facts: dict[str, Any] = m.unpack(payload[0])
+        facts: dict[str, Any] = packing.unpack(payload[0])
         return facts
 
     def who_is_missing(self) -> str:
         """For messages: whom the hub waits for, as far as it can still say."""
         try:
             answer = self._await(self.post(m.Stats), _WHY_S)
-            facts = {} if answer is None else m.unpack(answer[1][0])
+            facts = {} if answer is None else packing.unpack(answer[1][0])
         except (ZpsError, IndexError, zmq.ZMQError):
             facts = {}
         if not facts:
