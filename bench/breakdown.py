@@ -2,8 +2,8 @@
 
     python -m bench breakdown [--sizes 1K,1M,25M]
 
-The engine's processes write down their own spans (ZPS_TRACE); a run with traces is not one whose
-times are compared with anybody's, which is why this is a suite of its own.
+The engine's processes write down their own spans (ZPS_TRACE). But in a quick run, rounds with and
+without are also compared: what does it cost to leave traces on?
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from . import harness, report, spans, suites
 from .options import Options
 from .out import Out
 from .peers import team as teams_of
-from .peers.base import BenchError
+from .peers.base import BenchError, Peer
+from .peers.traced import ZpsTraced
 from .peers.zps_round import ZpsGrad
-from .step import CHECKED_ROUNDS, check_weights
+from .step import CHECKED_ROUNDS, check_weights, measure_size
 
+COMPARED: tuple[type[Peer], ...] = (ZpsGrad, ZpsTraced)
 _VARIABLE = "ZPS_TRACE"
 
 
@@ -34,8 +36,9 @@ def prepare(options: Options) -> suites.Job:
         (1_000, 1_000_000), (1_000, 1_000_000, 25_000_000), (1_000, 1_000_000, 25_000_000)
     )
     worlds = options.workers or (2,)
+    compared = options.by_level((), COMPARED, COMPARED)
     for size in sizes if reason is None else ():
-        harness.require_memory([ZpsGrad], size, max(worlds), payload_bytes=4 * size)
+        harness.require_memory(compared or [ZpsGrad], size, max(worlds), payload_bytes=4 * size)
     rounds = options.by_level(50, 200, 500)
 
     def job(out: Out) -> None:
@@ -45,6 +48,8 @@ def prepare(options: Options) -> suites.Job:
         for world in worlds:
             for size in sizes:
                 tell(size, world, measure(size, world, rounds, options.seed), out)
+                if compared:
+                    report.tell(measure_size("breakdown", compared, size, world, options, out), out)
 
     return job
 

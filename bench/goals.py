@@ -111,6 +111,12 @@ GOALS: tuple[Goal, ...] = (
         workers=(2,),
     ),
     Goal(
+        *("round from p.grad, traced ÷ not, 1 M", "breakdown", "zps-traced", 1.01, "zps-grad"),
+        at_most=True,
+        sizes=(1_000_000,),
+        workers=(2,),
+    ),
+    Goal(
         *("growth with parameters, off linear", "scale", "parameters", 0.15),
         field="off_linear",
         at_most=True,
