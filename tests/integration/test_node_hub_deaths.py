@@ -228,10 +228,10 @@ PLACES = ["0 4 0 2", "1 4 1 2", "2 4 0 2", "3 4 1 2"]
 
 
 @contextmanager
-def top_hub(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def top_hub(tmp_path: Path, **settings: str) -> Iterator[tuple[str, dict[str, str]]]:
     """The address of a hub of two nodes, and the environment of what works with it."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("ZPS_")}
-    environ |= {"PYTHONPATH": str(ROOT), "ZPS_RUNTIME_DIR": str(tmp_path / "run")}
+    environ |= {"PYTHONPATH": str(ROOT), "ZPS_RUNTIME_DIR": str(tmp_path / "run"), **settings}
     (tmp_path / "train.py").write_text(SCRIPT)
     address = f"tcp://127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "zps", "hub", "--bind", address, "--world-size", "2"]
@@ -278,8 +278,9 @@ def test_zps_launch_on_two_nodes(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_torchruns_variables_on_two_nodes(tmp_path):
-    with top_hub(tmp_path) as (address, environ):
+@pytest.mark.parametrize("compression", ["none", "int8"])
+def test_torchruns_variables_on_two_nodes(tmp_path, compression):
+    with top_hub(tmp_path, ZPS_COMPRESSION=compression) as (address, environ):
         environ |= {"ZPS_NODE_HUB": "1", "ZPS_HUB": address, "MASTER_ADDR": "x", "MASTER_PORT": "1"}
         processes = [
             subprocess.Popen(

@@ -104,7 +104,7 @@ def _node_hub(settings: Settings) -> tuple[Settings, HubProcess | None]:
     ensure_private(settings.runtime_dir)
     started = relay.start(settings, token=token) if job.local_rank == 0 else None
     address = ipc_address(settings.runtime_dir, token)
-    return settings.replace(hub=address, node_hub=False), started
+    return relay.at_home(settings).replace(hub=address), started
 
 
 def _at_exit() -> None:

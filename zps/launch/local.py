@@ -13,6 +13,7 @@ from typing import Any
 from zps.config import Settings, variable
 from zps.errors import ConfigError
 from zps.launch.supervise import Hub, Job, Spec, Supervisor
+from zps.relay.process import at_home
 
 __all__ = ["Hubs", "Plan", "command", "launch", "worker_environment"]
 
@@ -138,9 +139,7 @@ def worker_environment(
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     rank = workers * (settings.node_rank or 0) + place
     world_size = workers * (settings.nodes or 1)
-    # A worker of a node hub only needs its address; what travels further is encoded there.
-    home = {"node_hub": False, "compression": "none", "pull_compression": "none"}
-    own = settings.replace(**home) if settings.node_hub else settings
+    own = at_home(settings) if settings.node_hub else settings
     return {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",

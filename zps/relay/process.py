@@ -16,6 +16,11 @@ from zps.wire.sockets import Router
 _MODULE = "zps.relay.process"
 
 
+def at_home(settings: Settings) -> Settings:
+    """What the workers of a node hub are told: what travels further is encoded there, not here."""
+    return settings.replace(node_hub=False, compression="none", pull_compression="none")
+
+
 def start(settings: Settings, **options: Any) -> HubProcess:
     """`HubProcess.start` for a node hub; settings are as `Upstream` wants them."""
     return HubProcess.start(settings, module=_MODULE, **options)
