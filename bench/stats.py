@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ Indices = npt.NDArray[np.intp]
 
 PERCENTILES = (1, 2, 5, *range(10, 91, 5), 95, 98, 99)
 _AT_A_TIME = 1 << 18  # elements
+_NORMAL = 1.959964  # the normal distribution's 97.5 %
+_STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +41,44 @@ def ratio_of_medians(
     below: Sequence[Samples],
     *,
     restarts: Sequence[int] = (),
-    level: float = 0.95,
     draws: int = 1000,
     seed: int = 0,
 ) -> Ratio:
-    """median(above) / median(below) with its percentile-bootstrap interval.
+    """median(above) / median(below), and its 95 % interval.
 
-    above, below  the samples of each cycle; cycle i of both was measured together, and the
-                  bootstrap draws whole cycles so that pairs stay pairs
-    restarts      how many of the cycles, in order, each start of the processes has; with two or
-                  more the bootstrap draws starts first, and cycles within them: what a start
-                  decides for good, cycles of that start cannot tell
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, sections 8.2 and 13.3.
+    above, below  the samples of each cycle; cycle i of both was measured together
+    restarts      how many of the cycles, in order, each start of the processes has
+
+    What a start decides for good, its own cycles cannot tell. So with two starts or more each gives
+    one ratio, and the result is their geometric mean with Student's interval. With one start it is
+    that start's ratio; the interval is a bootstrap over its cycles, whole ones so that pairs stay
+    pairs, and says nothing of other starts.
+    Sources: Kalibera and Jones, Rigorous Benchmarking in Reasonable Time, section 9; Efron and
+    Tibshirani, An Introduction to the Bootstrap, section 13.3.
     """
-    picks = _picks(_groups(len(above), restarts), draws, np.random.default_rng(seed))
-    ratios = _medians(above, picks) / _medians(below, picks)
-    tail = 50 * (1 - level)
-    low, high = np.percentile(ratios, [tail, 100 - tail])
-    value = np.median(np.concatenate(above)) / np.median(np.concatenate(below))
-    return Ratio(float(value), float(low), float(high))
+    groups = _groups(len(above), restarts)
+    if len(groups) == 1:
+        picks = np.random.default_rng(seed).integers(len(above), size=(draws, len(above)))
+        ratios = _medians(above, picks) / _medians(below, picks)
+        low, high = np.percentile(ratios, [2.5, 97.5])
+        value = np.median(np.concatenate(above)) / np.median(np.concatenate(below))
+        return Ratio(float(value), float(low), float(high))
+    logs = np.log([_median(above, group) / _median(below, group) for group in groups])
+    middle = float(logs.mean())
+    margin = _student(len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
+    return Ratio(math.exp(middle), math.exp(middle - margin), math.exp(middle + margin))
+
+
+def _student(freedom: int) -> float:
+    """Student's t at 97.5 %, for so many degrees of freedom."""
+    if freedom <= len(_STUDENT):
+        return _STUDENT[freedom - 1]
+    z = _NORMAL  # Abramowitz and Stegun, 26.7.5
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def _median(cycles: Sequence[Samples], group: Indices) -> float:
+    return float(np.median(np.concatenate([cycles[index] for index in group])))
 
 
 def _groups(cycles: int, restarts: Sequence[int]) -> list[Indices]:
@@ -67,26 +89,14 @@ def _groups(cycles: int, restarts: Sequence[int]) -> list[Indices]:
     return [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
 
-def _picks(
-    groups: Sequence[Indices], draws: int, generator: np.random.Generator
-) -> Sequence[Indices]:
-    """The cycles of each draw."""
-    if len(groups) == 1:
-        return list(generator.integers(len(groups[0]), size=(draws, len(groups[0]))))
-    return [
-        np.concatenate([generator.choice(groups[g], size=len(groups[g])) for g in drawn])
-        for drawn in generator.integers(len(groups), size=(draws, len(groups)))
-    ]
-
-
-def _medians(cycles: Sequence[Samples], picks: Sequence[Indices]) -> Samples:
-    """(draws,): the median of what each draw has picked."""
-    if len({len(cycle) for cycle in cycles}) == len({len(pick) for pick in picks}) == 1:
+def _medians(cycles: Sequence[Samples], picks: Indices) -> Samples:
+    """(draws,): the median of the cycles that each row of picks, (draws, k), names."""
+    if len({len(cycle) for cycle in cycles}) == 1:
         table = np.stack(cycles)
         # As many draws at a time as fit into cache: a table of all of them may be a gigabyte.
         step = max(1, _AT_A_TIME // table.size)
-        parts = [np.stack(picks[at : at + step]) for at in range(0, len(picks), step)]
+        parts = [picks[at : at + step] for at in range(0, len(picks), step)]
         return np.concatenate(
             [np.median(table[part].reshape(len(part), -1), axis=1) for part in parts]
         )
-    return np.array([np.median(np.concatenate([cycles[i] for i in pick])) for pick in picks])
+    return np.array([_median(cycles, pick) for pick in picks])

@@ -144,13 +144,30 @@ def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says() -> None:
     assert covered >= 51
 
 
-def test_restarts_that_disagree_widen_the_interval() -> None:
-    below = [np.full(4, 1.0)] * 10
-    above = [*[np.full(4, 2.0)] * 9, np.full(4, 4.0)]
+@pytest.mark.parametrize("starts", [2, 3, 5, 14])
+def test_the_interval_covers_what_only_another_start_would_show(starts: int) -> None:
+    generator = np.random.default_rng(starts)
+    covered = 0
+    for trial in range(200):
+        above, below = [], []
+        for lucky in generator.lognormal(0.0, 0.05, size=starts):
+            for drift in generator.lognormal(0.0, 0.05, size=4):
+                above.append(3.0 * lucky * drift * generator.lognormal(0.0, 0.05, size=5))
+                below.append(drift * generator.lognormal(0.0, 0.05, size=5))
+        ratio = ratio_of_medians(above, below, restarts=[4] * starts, seed=trial)
+        assert ratio.low <= ratio.value <= ratio.high
+        covered += ratio.low <= 3.0 <= ratio.high
+    assert 181 <= covered <= 199  # 95 % of 200, and three standard deviations
+
+
+def test_the_ratio_of_several_starts_is_their_geometric_mean() -> None:
+    below = [np.full(4, 1.0)] * 4
+    above = [*[np.full(4, 2.0)] * 3, np.full(4, 8.0)]
     cycles = ratio_of_medians(above, below)
-    assert (cycles.low, cycles.high) == (2.0, 2.0)
-    starts = ratio_of_medians(above, below, restarts=[9, 1])
-    assert (starts.low, starts.value, starts.high) == (2.0, 2.0, 4.0)
+    assert (cycles.low, cycles.value) == (2.0, 2.0)
+    starts = ratio_of_medians(above, below, restarts=[3, 1])
+    assert round(starts.value, 9) == 4.0
+    assert starts.low < 2.0 < 8.0 < starts.high
 
 
 def test_the_runs_of_all_restarts_become_one() -> None:
