@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ import typer
 from rich.table import Table
 
 from . import markdown, plots, report, suites
+from .ending import terminable
 from .options import read, require_writable
 from .out import Out, Record, complaints, for_people
 from .peers.base import BenchError
@@ -54,7 +56,7 @@ def bench(
 ) -> None:
     """Measure zps beside what else there is, on this machine; results are checked first."""
     out = for_people(json_file)
-    with complaints(out.console, "zps bench"):
+    with terminable(), complaints(out.console, "zps bench"):
         chosen = suites.choose(names or [])
         if list_:
             out.console.print(_listed(chosen))
@@ -95,6 +97,9 @@ def run(jobs: list[tuple[suites.Suite, suites.Job]], out: Out) -> list[str]:
             job(out)
         except BenchError as error:
             out.note(f"{suite.name} has failed: {error}")
+            failed.append(suite.name)
+        except Exception:  # whatever it is, the other suites have something to tell
+            out.note(f"{suite.name} has failed:\n{traceback.format_exc()}")
             failed.append(suite.name)
         out.show(f"[dim]{suite.name} took {time.monotonic() - began:.0f} s[/dim]")
     return failed

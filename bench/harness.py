@@ -26,7 +26,6 @@ from .peers.problem import Array
 from .peers.team import Block, Cpu, Samples, Team
 
 PROCESS_BYTES = 250 << 20  # an interpreter with torch
-WORKER_THREADS = 1
 _GLANCE_S = 0.2
 _PATIENCE_S = 300.0
 _UNITS = {"": 1, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000}
@@ -194,9 +193,12 @@ def entries(peers: Iterable[type[Peer]], world: int, size: int) -> list[Entry]:
 
 @contextmanager
 def all_teams(
-    entered: Iterable[Entry], seed: int, tick: Callable[[str], None]
+    entered: Iterable[Entry], seed: int, tick: Callable[[str], None], *, fresh: bool = False
 ) -> Iterator[dict[str, Team]]:
-    """The teams of all participants, every process of which lives until the `with` block ends."""
+    """The teams of all participants, every process of which lives until the `with` block ends.
+
+    fresh  every worker begins with a new interpreter: see `processes.start`
+    """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="bench-")))
         teams = {}
@@ -205,7 +207,7 @@ def all_teams(
             own = folder / str(number)
             own.mkdir()
             teams[entry.name] = stack.enter_context(
-                teams_of.team(entry.peer, entry.world, entry.size, seed, own)
+                teams_of.team(entry.peer, entry.world, entry.size, seed, own, fresh=fresh)
             )
         yield teams
 
@@ -251,10 +253,7 @@ class Run:
 def measure(teams: Mapping[str, Team], plan: Plan, tick: Callable[[str], None]) -> Run:
     """Times all teams in turns; `tick` hears of each block."""
     rounds, start_us = _warm_up(teams, plan, tick)
-    found = {
-        name: Measured([], {**team.threads(), "worker": WORKER_THREADS})
-        for name, team in teams.items()
-    }
+    found = {name: Measured([], team.threads()) for name, team in teams.items()}
     shares: list[float] = []
     until = time.monotonic() + plan.patience_s
     for _ in range(plan.cycles):
@@ -360,8 +359,12 @@ def check_agreement(team: Team) -> None:
 
 
 def _busy_s() -> float:
-    """Seconds that all cores together have been busy since boot."""
-    user, nice, system, _idle, _iowait, irq, softirq = (
-        int(f) for f in Path("/proc/stat").read_text().split(maxsplit=9)[1:8]
-    )
-    return float(user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    """Seconds that the cores of this process have been busy since boot, all together."""
+    own = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    ticks = 0
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *fields = line.split()
+        if name in own:
+            user, nice, system, _idle, _iowait, irq, softirq = (int(field) for field in fields[:7])
+            ticks += user + nice + system + irq + softirq
+    return ticks / os.sysconf("SC_CLK_TCK")

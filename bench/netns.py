@@ -22,7 +22,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import threading
@@ -32,6 +31,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from .ending import terminable
 from .peers.base import BenchError
 
 __all__ = ["Counters", "Host", "bandwidth", "network", "sweep", "unavailable"]
@@ -130,7 +130,7 @@ def network(rate: str) -> Iterator[tuple[Host, Host]]:
     left = Host(f"{stem}l", f"{device}l", first)
     right = Host(f"{stem}r", f"{device}r", second)
     with ExitStack() as stack:
-        stack.enter_context(_terminable())
+        stack.enter_context(terminable())
         for host in (left, right):
             stack.callback(_remove, host.namespace)
             _run("ip", "netns", "add", host.namespace)
@@ -211,23 +211,6 @@ def _devices(namespace: str) -> list[str]:
     except BenchError:  # it was never made
         return []
     return [link["ifname"] for link in shown if link.get("ifname", "").startswith(_PREFIX)]
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does, where a handler may be set."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _start_of(pid: int) -> int | None:

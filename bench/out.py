@@ -44,7 +44,7 @@ class Out:
 
     def record(self, record: Record) -> None:
         """Keeps one result. Raises OSError when the file cannot be written."""
-        line = json.dumps(record)
+        line = json.dumps(record, allow_nan=False)
         self.records.append(json.loads(line))
         if self.echo:
             print(line, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -135,7 +136,7 @@ def _record(case: Case, subject: str) -> dict[str, Any]:
         **figures(case.run.measured[subject]),
         "peers": peers,
         "restarts": len(case.run.measured[subject].restarts) or 1,
-        "start_us": round(case.run.start_us, 1),
+        "start_us": None if math.isnan(case.run.start_us) else round(case.run.start_us, 1),
         "other_cpu": round(case.run.other_cpu, 3),
         **case.facts,
     }

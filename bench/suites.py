@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import harness
+from .ending import terminable
 from .harness import Entry, Run
 from .naming import nearest
 from .options import Level, Options, require_writable
@@ -124,7 +125,8 @@ def compare(
     steps = len(entered) * (2 + plan.blocks) + 1
     with out.progress(options.restarts * steps) as tick:
         for _ in range(options.restarts):
-            with harness.all_teams(entered, options.seed, tick) as teams:
+            fresh = options.level is not Level.QUICK
+            with harness.all_teams(entered, options.seed, tick, fresh=fresh) as teams:
                 tick("check")
                 check(teams)
                 runs.append(harness.measure(teams, plan, tick))
@@ -143,6 +145,6 @@ def environ(**more: str) -> dict[str, str]:
 def alone(name: str, json_file: Path | None) -> Iterator[Out]:
     """Where a suite that is run by itself puts its results; a BenchError ends it with code 2."""
     out = Out(json_file=json_file)
-    with complaints(out.console, name):
+    with terminable(), complaints(out.console, name):
         require_writable([json_file], None)
         yield out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,12 +96,3 @@ class Peer(ABC):
 def cores() -> int:
     """The cores this process may run on."""
     return len(os.sched_getaffinity(0))
-
-
-def children(pid: int) -> list[int]:
-    """The processes that `pid` has started, and that live."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has just ended
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    return [child for child, parent in parents.items() if parent == pid]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from . import problem
-from .base import Peer, Seat, children
+from .base import Peer, Seat
 from .problem import Array
+from .processes import descendants
 
 if TYPE_CHECKING:
     import hivemind
@@ -76,8 +77,7 @@ class Hivemind(Peer):
         )
 
     def pids(self) -> list[int]:
-        own = [self._dht.pid, self._averager.pid]
-        return own + [child for pid in own for child in children(pid)]
+        return descendants(os.getpid())
 
     def prepare(self, round_number: int) -> None:
         import torch

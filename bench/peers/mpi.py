@@ -44,7 +44,7 @@ class Mpi(Peer):
 
     name: ClassVar[str] = "mpi"
     about: ClassVar[str] = (
-        "MPI_Allreduce in place over shared memory, division, fused torch.optim.SGD in every worker"
+        "MPI_Allreduce in place over shared memory, fused torch.optim.SGD in every worker"
     )
     settings: ClassVar[dict[str, str]] = {"pml": "ob1", "btl": "self,sm", "smsc": "cma"}
 
@@ -99,14 +99,15 @@ class Mpi(Peer):
         if (MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size) != (seat.rank, seat.world):
             raise BenchError(f"mpi4py uses {MPI.Get_library_version()}, mpirun is another MPI's")
         self._mpi = MPI
-        self._world = seat.world
         self._base = torch.from_numpy(problem.gradient(seat.rank, seat.size, seat.seed))
         self._weights = torch.from_numpy(problem.initial_weights(seat.size, seat.seed))
         self._weights.grad = torch.zeros_like(self._weights)
         self._grad = self._weights.grad
         self._buffer = self._grad.numpy()
+        # The sum of the gradients with this rate is their mean with the given one: no pass divides.
+        lr = problem.LR / seat.world
         self._optimizer = torch.optim.SGD(
-            [self._weights], lr=problem.LR, momentum=problem.MOMENTUM, fused=True
+            [self._weights], lr=lr, momentum=problem.MOMENTUM, fused=True
         )
 
     def prepare(self, round_number: int) -> None:
@@ -116,7 +117,6 @@ class Mpi(Peer):
 
     def round(self) -> None:
         self._mpi.COMM_WORLD.Allreduce(self._mpi.IN_PLACE, self._buffer)
-        self._grad.div_(self._world)
         self._optimizer.step()
 
     def weights(self) -> Array:

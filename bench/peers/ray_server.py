@@ -19,8 +19,9 @@ import ray
 import torch
 
 from . import problem
-from .base import children, cores
+from .base import cores
 from .problem import Array
+from .processes import descendants
 
 NAMESPACE = "bench"
 SERVER = "server"
@@ -89,7 +90,7 @@ def serve(world: int, size: int, seed: int, parent: Connection) -> None:
         )
         actors = _start_actors(world, size, seed)
         pids = ray.get([actor.pid.remote() for actor in actors])
-        parent.send((found, (*children(os.getpid()), *pids)))
+        parent.send((found, tuple({*descendants(os.getpid()), *pids})))
         with suppress(EOFError):
             parent.recv()
         ray.shutdown()

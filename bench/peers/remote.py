@@ -82,7 +82,7 @@ def remote_team(
         server = stack.enter_context(hub_on(hub, 1, **peer.settings()))
         with workers.entered():
             seat = Seat(0, 1, size, seed, server.address)
-            made = Team(peer, [seat], server, from_here=True)
+            made = Team(peer, [seat], server, fresh=True)
         stack.callback(made.kill)
         made.ready()
         yield made

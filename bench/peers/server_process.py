@@ -26,7 +26,7 @@ def server_process(
     Raises BenchError, in the name of participant `name`, when it does not become ready.
     """
     here, there = processes.pipe()
-    process = processes.start(_run, serve, arguments, there)
+    process = processes.start(_run, serve, arguments, there, fresh=False)
     there.close()
     try:
         ready = _first_word(name, here)

@@ -117,14 +117,14 @@ def _member_main(
     try:
         import torch
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, cores() // seat.world))  # as much as the hub takes
         peer = peer_type()
         peer.setup(seat)
         member = _Member(peer, StartLine(others, seat.rank, seat.world))
         gc.collect()
         gc.freeze()
         gc.disable()  # a collection within a round would be measured with it
-        control.send(("ok", peer.pids()))
+        control.send(("ok", (peer.pids(), torch.get_num_threads())))
         while (order := control.recv()) is not None:
             command, arguments = order
             control.send(("ok", getattr(member, command)(*arguments)))
@@ -157,26 +157,25 @@ class Team:
     """One participant at one size: its server and its workers, all alive until `close`."""
 
     def __init__(
-        self, peer: type[Peer], seats: list[Seat], server: Server, *, from_here: bool = False
+        self, peer: type[Peer], seats: list[Seat], server: Server, *, fresh: bool = False
     ) -> None:
         """
-        from_here  the workers belong into this thread's network namespace
+        fresh  every worker begins with a new interpreter: see `processes.start`
         """
         self.peer = peer
         self.server = server
         self._controls: list[Connection] = []
         self._processes: list[BaseProcess] = []
         self._beside: list[int] = []  # what the workers themselves have started
-        self._start(seats, from_here)
+        self._worker_threads = 0
+        self._start(seats, fresh)
 
-    def _start(self, seats: list[Seat], from_here: bool) -> None:
+    def _start(self, seats: list[Seat], fresh: bool) -> None:
         lines = [processes.pipe() for _ in seats[1:]]
         for seat in seats:
             others = [a for a, _ in lines] if seat.rank == 0 else [lines[seat.rank - 1][1]]
             here, there = processes.pipe()
-            process = processes.start(
-                *(_member_main, self.peer, seat, there, others), from_here=from_here
-            )
+            process = processes.start(_member_main, self.peer, seat, there, others, fresh=fresh)
             there.close()
             self._controls.append(here)
             self._processes.append(process)
@@ -186,7 +185,9 @@ class Team:
 
     def ready(self) -> None:
         """Waits until every worker is set up."""
-        self._beside = [pid for pids in self._replies() for pid in pids]
+        told = self._replies()
+        self._beside = [pid for pids, _ in told for pid in pids]
+        self._worker_threads = max(threads for _, threads in told)
         self._signal(signal.SIGSTOP)
 
     def run(self, rounds: int) -> Block:
@@ -195,12 +196,16 @@ class Team:
         stamps = self._ask("run", rounds)
         server = (self._server_cpu_s() - before) * 1e6 / rounds
         workers = float(np.stack(stamps)[:, :, 3].sum(axis=0).mean()) / 1e3
-        block = merge(stamps, self.peer.spins_when_idle or len(stamps) > cores())
+        block = merge(stamps, self._keeps_late)
         return replace(block, cpu=Cpu(workers, server))
 
     def run_empty(self, rounds: int) -> Block:
         """Times nothing at all: what the measuring itself costs."""
-        return merge(self._ask("run_empty", rounds), self.peer.spins_when_idle)
+        return merge(self._ask("run_empty", rounds), self._keeps_late)
+
+    @property
+    def _keeps_late(self) -> bool:
+        return self.peer.spins_when_idle or len(self._controls) > cores()
 
     def digests(self) -> list[str]:
         """A digest of each worker's weights."""
@@ -218,15 +223,21 @@ class Team:
 
     def cpu_s(self) -> float:
         """CPU seconds that all its processes have used so far."""
-        return sum(_cpu_s(pid) for pid in self.pids())
+        return self._sum_cpu_s(self.pids())
 
     def threads(self) -> dict[str, int]:
-        """ "server": those that compute there; "total": all threads of all its processes."""
+        """ "worker", "server": those that compute in each; "total": all of all its processes."""
         total = sum(len(os.listdir(f"/proc/{pid}/task")) for pid in self.pids())
-        return {"server": self.server.threads, "total": total}
+        return {"worker": self._worker_threads, "server": self.server.threads, "total": total}
 
     def _server_cpu_s(self) -> float:
-        return sum(_cpu_s(pid) for pid in (*self._beside, *self.server.pids))
+        return self._sum_cpu_s([*self._beside, *self.server.pids])
+
+    def _sum_cpu_s(self, pids: list[int]) -> float:
+        try:
+            return sum(_cpu_s(pid) for pid in pids)
+        except OSError:
+            raise BenchError(f"{self.peer.name}: one of its processes has ended") from None
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -240,34 +251,37 @@ class Team:
     def close(self) -> None:
         """Ends the workers in order; those that do not end are killed."""
         self._signal(signal.SIGCONT)
-        for control in self._controls:
-            control.send(None)
+        self._send(None)
         self._replies()
         self._beside.clear()
         for process in self._processes:
             process.join(_EXIT_S)
 
     def kill(self) -> None:
-        """Ends the workers at once; nothing is left to close then."""
+        """Ends the workers, and what they have started, at once; nothing is left to close then."""
+        own = [process.pid for process in self._processes if process.pid is not None]
+        begotten = [pid for worker in own for pid in processes.descendants(worker)]
         for process in self._processes:
             process.kill()
             process.join()
-        for pid in self._beside:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        processes.send([*begotten, *self._beside], signal.SIGKILL)
         for control in self._controls:
             control.close()
         self._processes.clear()
         self._controls.clear()
 
     def _signal(self, number: signal.Signals) -> None:
-        for pid in self.pids() if self.peer.spins_when_idle else ():
-            os.kill(pid, number)
+        if self.peer.spins_when_idle:
+            processes.send(self.pids(), number)
 
     def _ask(self, command: str, *arguments: object) -> list[Any]:
-        for control in self._controls:
-            control.send((command, arguments))
+        self._send((command, arguments))
         return self._replies()
+
+    def _send(self, order: tuple[str, tuple[object, ...]] | None) -> None:
+        for control in self._controls:
+            with suppress(BrokenPipeError):  # its last word says why
+                control.send(order)
 
     def _replies(self, *ranks: int) -> list[Any]:
         """One answer from each rank (all of them by default); the first failure ends the wait."""
@@ -298,12 +312,14 @@ class Team:
 
 
 @contextmanager
-def team(peer: type[Peer], world: int, size: int, seed: int, folder: Path) -> Iterator[Team]:
+def team(
+    peer: type[Peer], world: int, size: int, seed: int, folder: Path, *, fresh: bool = False
+) -> Iterator[Team]:
     """A team set up for its first round; its processes end with the `with` block."""
     with ExitStack() as stack:
         server = stack.enter_context(peer.serve(world, size, seed, folder))
         seats = [Seat(rank, world, size, seed, server.address) for rank in range(world)]
-        made = Team(peer, seats, server)
+        made = Team(peer, seats, server, fresh=fresh)
         stack.callback(made.kill)
         made.ready()
         yield made

@@ -14,10 +14,11 @@ import pytest
 
 from bench import harness
 from bench.peers import hivemind, mpi, ray_actor
-from bench.peers.base import BenchError, Peer, children
+from bench.peers.base import BenchError, Peer
 from bench.peers.gloo import Gloo
 from bench.peers.hivemind import Hivemind
 from bench.peers.mpi import Mpi
+from bench.peers.processes import descendants
 from bench.peers.ray_actor import RayActor
 from bench.peers.server_process import server_process
 from bench.peers.team import team
@@ -73,10 +74,52 @@ class Begetting(Gloo):
 def test_what_a_killed_worker_has_started_is_counted_and_killed(tmp_path: Path) -> None:
     with team(Begetting, 1, 10, 0, tmp_path) as members:
         worker, beside = members.pids()
-        assert children(worker) == [beside]
+        assert descendants(worker) == [beside]
         members.kill()
     deadline = time.monotonic() + 60.0
     while _runs(beside):
+        assert time.monotonic() < deadline
+        os.sched_yield()
+
+
+class Dying(Gloo):
+    """Is killed in its second round, as if by the kernel; one that spins is also stopped."""
+
+    name = "dying"
+    spins_when_idle = True
+
+    def round(self) -> None:
+        self._rounds = getattr(self, "_rounds", 0) + 1
+        if self._rounds == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().round()
+
+
+def test_a_worker_that_is_killed_ends_its_suite_with_its_name(tmp_path: Path) -> None:
+    with team(Dying, 1, 10, 0, tmp_path) as members:
+        (pid,) = members.pids()
+        ended = pytest.raises(BenchError, match="dying: worker 0 ended without a word")
+        with ended, members.awake():
+            members.run(2)
+        deadline = time.monotonic() + 60.0
+        while os.path.exists(f"/proc/{pid}"):
+            assert time.monotonic() < deadline
+            os.sched_yield()
+        with pytest.raises(BenchError, match="dying: one of its processes has ended"):
+            members.cpu_s()
+        members.kill()
+
+
+@pytest.mark.parametrize("how", ["fresh", "forked"])
+def test_a_worker_does_not_outlive_whoever_started_it(how: str) -> None:
+    command = [sys.executable, "-m", "tests.bench.stopping", how]
+    starter = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert starter.stdout is not None
+    pid = int(starter.stdout.readline())
+    starter.kill()
+    starter.wait()
+    deadline = time.monotonic() + 60.0
+    while _runs(pid):
         assert time.monotonic() < deadline
         os.sched_yield()
 
