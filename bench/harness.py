@@ -336,19 +336,24 @@ def _warm_up(
 def check(team: Team, expected: Array, rounds: int, rtol: float = 1e-5, atol: float = 1e-6) -> None:
     """Raises BenchError unless every worker of the team holds the expected weights."""
     for rank, weights in team.weights():
-        if weights.shape != expected.shape:
-            raise BenchError(
-                f"{team.peer.name}: worker {rank} holds {weights.size} weights, not {expected.size}"
-            )
-        error = np.abs(weights - expected)
-        wrong = ~(error <= atol + rtol * np.abs(expected))
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            raise BenchError(
-                f"{team.peer.name}: worker {rank} has wrong weights after {rounds} rounds: "
-                f"{int(wrong.sum())} of {wrong.size} differ; at {at} it holds {weights[at]!r}, "
-                f"the reference {expected[at]!r}"
-            )
+        compare(f"{team.peer.name}: worker {rank}", weights, expected, rounds, rtol, atol)
+
+
+def compare(
+    who: str, weights: Array, expected: Array, rounds: int, rtol: float, atol: float
+) -> None:
+    """Raises BenchError, in the name of `who`, unless these are the expected weights."""
+    if weights.shape != expected.shape:
+        raise BenchError(f"{who} holds {weights.size} weights, not {expected.size}")
+    error = np.abs(weights - expected)
+    wrong = ~(error <= atol + rtol * np.abs(expected))
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise BenchError(
+            f"{who} has wrong weights after {rounds} rounds: "
+            f"{int(wrong.sum())} of {wrong.size} differ; at {at} it holds {weights[at]!r}, "
+            f"the reference {expected[at]!r}"
+        )
 
 
 def check_agreement(team: Team) -> None:

@@ -3,7 +3,7 @@
     python -m bench.train -n 2
 
 The model is an MLP 1024 - 4096 - 4096 - 1024 with ReLU (25 million parameters), the loss is MSE on
-fixed random data, 16 rows a worker. First zps and DDP have to reach the same weights.
+fixed random data, 16 rows a worker. First every participant has to reach NumPy's weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .options import Options, read
 from .out import Out
 from .peers.base import Peer
 from .peers.team import Team
-from .peers.training import TrainDdp, TrainLocal, TrainZps, parameters
+from .peers.training import TrainDdp, TrainLocal, TrainZps, parameters, reference
 from .report import Case
 from .suites import Teams
 
@@ -49,17 +49,17 @@ def prepare(options: Options, width: int | None = None) -> suites.Job:
     return job
 
 
-def check_weights(teams: Teams) -> None:
-    """Raises BenchError unless all workers of zps and DDP hold the same weights."""
-    expected = None
-    for team in _sharing(teams):
+def check_weights(teams: Teams, world: int, width: int, seed: int) -> None:
+    """Runs the first steps. Raises BenchError unless every worker holds NumPy's weights."""
+    mean = reference(range(world), width, seed, _CHECKED_STEPS)
+    for team in teams.values():
+        alone = team.peer is TrainLocal
         with team.awake():
             team.run(_CHECKED_STEPS)
-            harness.check_agreement(team)
-            if expected is None:
-                expected = dict(team.weights())[0]
-            else:
-                harness.check(team, expected, _CHECKED_STEPS, rtol=_RTOL, atol=_ATOL)
+            for rank, weights in team.weights():
+                expected = reference([rank], width, seed, _CHECKED_STEPS) if alone else mean
+                who = f"{team.peer.name}: worker {rank}"
+                harness.compare(who, weights, expected, _CHECKED_STEPS, _RTOL, _ATOL)
 
 
 def _sharing(teams: Teams) -> list[Team]:
@@ -71,7 +71,11 @@ def measure_width(
 ) -> Case:
     """All peers on a model of this width: correctness first, then time."""
     entered = harness.entries(peers, world, width)
-    run = suites.compare(entered, options, out, check_weights, _sharing)
+    run = suites.compare(
+        *(entered, options, out),
+        check=lambda teams: check_weights(teams, world, width, options.seed),
+        sharing=_sharing,
+    )
     size = parameters(width)
     return Case("train", size, 4 * size, world, run, report.facts())
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -43,12 +43,9 @@ class Training(Peer):
     def setup(self, seat: Seat) -> None:
         import torch
 
-        torch.manual_seed(seat.seed)  # every rank begins with the same weights
-        self._model: torch.nn.Module = _mlp(seat.size)
+        self._model = _model(seat.size, seat.seed)
         self._flat = list(self._model.parameters())
-        draw = torch.Generator().manual_seed(seat.seed + 1 + seat.rank)
-        self._x = torch.randn(BATCH, FEATURES, generator=draw)
-        self._y = torch.randn(BATCH, FEATURES, generator=draw)
+        self._x, self._y = _batch(seat.rank, seat.seed)
         self._loss = torch.nn.MSELoss()
         self._optimizer = self.share(seat)
 
@@ -143,9 +140,52 @@ def fused_sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, fused=True)
 
 
-def _mlp(width: int) -> torch.nn.Module:
+def reference(ranks: Sequence[int], width: int, seed: int, steps: int) -> Array:
+    """The weights after `steps` steps on the mean gradient of these ranks' batches: the oracle.
+
+    Plain NumPy float32, from the forward pass on; torch only draws the first weights and the data.
+    """
+    weights = [p.detach().numpy().copy() for p in _model(width, seed).parameters()]
+    batches = [[part.numpy() for part in _batch(rank, seed)] for rank in ranks]
+    buffers = [np.zeros_like(weight) for weight in weights]
+    for _ in range(steps):
+        found = [_gradients(weights, x, y) for x, y in batches]
+        for weight, buffer, *own in zip(weights, buffers, *found, strict=True):
+            buffer *= np.float32(MOMENTUM)
+            buffer += sum(own) / np.float32(len(ranks))
+            weight -= np.float32(LR) * buffer
+    return np.concatenate([weight.ravel() for weight in weights])
+
+
+def _gradients(weights: Sequence[Array], x: Array, y: Array) -> list[Array]:
+    """Of the mean squared error, for layers x @ w.T + b with a ReLU between any two."""
+    inputs, layers = [x], list(zip(weights[::2], weights[1::2], strict=True))
+    for w, b in layers[:-1]:
+        inputs.append(np.maximum(inputs[-1] @ w.T + b, 0))
+    w, b = layers[-1]
+    delta = 2 * (inputs[-1] @ w.T + b - y) / np.float32(y.size)
+    found: list[Array] = []
+    for (w, _), into in zip(reversed(layers), reversed(inputs), strict=True):
+        found = [delta.T @ into, delta.sum(axis=0), *found]
+        delta = (delta @ w) * (into > 0)
+    return found
+
+
+def _batch(rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rank's data, the same in every step."""
+    import torch
+
+    draw = torch.Generator().manual_seed(seed + 1 + rank)
+    x, y = (torch.randn(BATCH, FEATURES, generator=draw) for _ in range(2))
+    return x, y
+
+
+def _model(width: int, seed: int) -> torch.nn.Module:
+    """Every rank begins with the same weights."""
+    import torch
     from torch import nn
 
+    torch.manual_seed(seed)
     return nn.Sequential(
         *(nn.Linear(FEATURES, width), nn.ReLU()),
         *(nn.Linear(width, width), nn.ReLU()),
