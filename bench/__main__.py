@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from . import markdown, plots, report, suites
+from . import markdown, origin, plots, report, suites
 from .ending import terminable
 from .options import read, require_writable
 from .out import Out, Record, complaints, for_people
@@ -66,8 +66,9 @@ def bench(
         if plot is not None and (reason := plots.unavailable()):
             raise BenchError(reason)
         failed: list[str] = []
+        origin.settings()
         if lines is not None:
-            out.records = read_lines(lines)
+            out.records = read_lines(lines, out)
         else:
             options = read(
                 quick=quick,
@@ -124,17 +125,23 @@ def finish(out: Out, folder: Path | None, report_file: Path | None) -> None:
         out.show(f"{len(drawn)} plots in {folder}")
 
 
-def read_lines(path: Path) -> list[Record]:
-    """The records of an earlier run. Raises BenchError for what `--json` has not written."""
+def read_lines(path: Path, out: Out) -> list[Record]:
+    """The records of the last run in a file. Raises BenchError for what `--json` has not written.
+
+    Times of different runs mean nothing beside one another, so no two are reported on together.
+    """
     try:
         found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        if all({"bench", "what"} <= record.keys() for record in found):
-            return found
+        runs = list(dict.fromkeys(record.get("run") for record in found))
+        if not all({"bench", "what"} <= record.keys() for record in found):
+            raise ValueError
     except OSError as error:
         raise BenchError(f"{path}: {error.strerror}") from None
     except (ValueError, AttributeError):
-        pass
-    raise BenchError(f"{path} is not a file that --json has written")
+        raise BenchError(f"{path} is not a file that --json has written") from None
+    if len(runs) > 1:
+        out.note(f"{path} has {len(runs)} runs; this is about the last, {runs[-1]}")
+    return [record for record in found if record.get("run") == runs[-1]]
 
 
 def _listed(chosen: list[suites.Suite]) -> Table:

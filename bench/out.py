@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,18 @@ class Out:
     json_file  gets every line at once: a run that is broken off has kept what it measured
     echo       print the lines on stdout, too
     records    all lines so far, decoded
+    run        names this run in all of its lines: a file may have those of several
     """
 
     console: Console = field(default_factory=console)
     json_file: Path | None = None
     echo: bool = True
     records: list[Record] = field(default_factory=list)
+    run: str = field(default_factory=lambda: f"{datetime.now(timezone.utc):%FT%TZ}-{os.getpid()}")
 
     def record(self, record: Record) -> None:
         """Keeps one result. Raises OSError when the file cannot be written."""
-        line = json.dumps(record, allow_nan=False)
+        line = json.dumps({**record, "run": self.run}, allow_nan=False)
         self.records.append(json.loads(line))
         if self.echo:
             print(line, flush=True)

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
-import re
-import subprocess
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +12,11 @@ from rich.table import Table
 
 from . import goals
 from .harness import Measured, Run, human
+from .origin import facts as facts
 from .out import Out, Record
-from .peers.base import cores
 from .stats import PERCENTILES, Ratio, ratio_of_medians
+
+COLOURS = {"met": "green", "missed": "red", "open": "yellow"}
 
 # The options that all comparisons share.
 Workers = Annotated[str, typer.Option("-n", "--workers", help="as 2, or 2,4 one by one")]
@@ -58,6 +55,11 @@ class Case:
         names = list(self.run.measured)
         return [name for name in names if name.startswith("zps")] or names[:1]
 
+    @property
+    def starts(self) -> int:
+        """How often the processes were started."""
+        return max([1, *(len(found.restarts) for found in self.run.measured.values())])
+
     def goal(self, subject: str, peer: str) -> float | None:
         """The least ratio of the peer's time to the subject's that is aimed at."""
         goal = goals.ratio_goal(self.bench, subject, peer, self.size, self.world)
@@ -73,45 +75,6 @@ class Case:
         return self._ratios[subject, peer]
 
 
-def facts() -> dict[str, Any]:
-    """The machine, the versions and the commit, for the record of a measurement."""
-    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "machine": {
-            "cpu": cpu[1] if cpu else platform.machine(),
-            "cores": cores(),
-            "memory_gib": round(memory / 2**30, 1),
-            "kernel": platform.release(),
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "numpy", "pyzmq")},
-        },
-        "version": _version("zps-engine"),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "zps", "csrc")),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
-
-
-def _git(*arguments: str, here: Path = Path(__file__).parent.parent) -> str:
-    """What git says of this checkout; nothing where zps is installed, maybe in a user's own one."""
-    if not (here / "csrc").exists():
-        return ""
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
-
-
 def records(case: Case) -> list[Record]:
     """What is kept of the case: one record for each subject."""
     return [_record(case, subject) for subject in case.subjects]
@@ -125,7 +88,7 @@ def _record(case: Case, subject: str) -> dict[str, Any]:
             peers[name] = {
                 **figures(case.run.measured[name]),
                 **ratio.record(),
-                **({"goal": round(goal, 3), "met": ratio.value >= goal} if goal else {}),
+                **(_judged(case, ratio, goal) if goal else {}),
             }
     return {
         "bench": case.bench,
@@ -135,11 +98,15 @@ def _record(case: Case, subject: str) -> dict[str, Any]:
         "workers": case.world,
         **figures(case.run.measured[subject]),
         "peers": peers,
-        "restarts": len(case.run.measured[subject].restarts) or 1,
+        "restarts": case.starts,
         "start_us": None if math.isnan(case.run.start_us) else round(case.run.start_us, 1),
         "other_cpu": round(case.run.other_cpu, 3),
         **case.facts,
     }
+
+
+def _judged(case: Case, ratio: Ratio, goal: float) -> Record:
+    return {"goal": round(goal, 3), "verdict": ratio.verdict(goal, case.starts)}
 
 
 def figures(measured: Measured) -> dict[str, Any]:
@@ -162,7 +129,8 @@ def table(case: Case) -> Table:
         title=f"{case.bench}: {human(case.size)}, {case.payload_bytes / 1e6:g} MB, "
         f"{case.world} workers",
         caption=f"empty round {case.run.start_us:.0f} µs, "
-        f"other processes used {case.run.other_cpu:.0%} of the cores",
+        f"other processes used {case.run.other_cpu:.0%} of the cores"
+        + (", one start: others may differ by more" if case.starts == 1 else ""),
     )
     shown.add_column("participant")
     for title in (
@@ -195,7 +163,7 @@ def _cell(case: Case, subject: str, peer: str) -> str:
     text = f"{ratio.value:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
     if goal is None:
         return text
-    colour = "green" if ratio.value >= goal else "red"
+    colour = COLOURS[ratio.verdict(goal, case.starts)]
     return f"[{colour}]{text} goal {goal:.3g}[/{colour}]"
 
 

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from . import harness
+from . import harness, origin
 from .ending import terminable
 from .harness import Entry, Run
 from .naming import nearest
@@ -147,4 +147,5 @@ def alone(name: str, json_file: Path | None) -> Iterator[Out]:
     out = Out(json_file=json_file)
     with terminable(), complaints(out.console, name):
         require_writable([json_file], None)
+        origin.settings()
         yield out

@@ -19,7 +19,10 @@ def case(bench: str = "step", size: int = SIZE, world: int = 2, **measured: floa
     """A case in which every round of each participant took the given microseconds."""
     found = {
         name.replace("_", "-"): Measured(
-            [np.full(4, us)] * 3, {"worker": 1, "server": 2, "total": 9}, cpu=[Cpu(us, us / 2)]
+            [np.full(4, us)] * 3,
+            {"worker": 1, "server": 2, "total": 9},
+            restarts=[2, 1],
+            cpu=[Cpu(us, us / 2)],
         )
         for name, us in measured.items()
     }

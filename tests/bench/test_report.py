@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.report import _git, table
+from bench.origin import _git
+from bench.report import table
 from tests.bench.samples import SIZE, case, told
 
 
@@ -16,7 +17,7 @@ def test_every_form_of_zps_has_a_record_with_its_peers_and_their_ratios() -> Non
     assert first["cpu_us"] == {"workers": 100.0, "server": 50.0, "total": 150.0}
     assert first["peers"]["gloo"]["ratio"] == 6.0
     assert first["peers"]["gloo"]["ratio_ci95"] == [6.0, 6.0]
-    assert (first["peers"]["gloo"]["goal"], first["peers"]["gloo"]["met"]) == (6.0, True)
+    assert (first["peers"]["gloo"]["goal"], first["peers"]["gloo"]["verdict"]) == (6.0, "met")
     assert "goal" not in second["peers"]["zps"]
     assert {"machine", "commit", "restarts"} <= first.keys()
 
@@ -28,7 +29,7 @@ def test_without_zps_the_first_participant_is_compared_with_the_others() -> None
 
 
 def test_a_missed_goal_is_told() -> None:
-    assert told(zps=100.0, gloo=400.0)[0]["peers"]["gloo"]["met"] is False
+    assert told(zps=100.0, gloo=400.0)[0]["peers"]["gloo"]["verdict"] == "missed"
 
 
 def test_the_table_has_a_row_for_each_participant_and_a_column_for_each_subject() -> None:

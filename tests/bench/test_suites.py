@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from bench import __main__ as entry
 from bench import harness, options, plots, suites
 from bench.options import Options, parse_workers, read
+from bench.origin import facts
 from bench.out import Out
 from bench.peers.base import BenchError
 from bench.suites import SUITES, Job, Suite
@@ -96,11 +97,47 @@ def test_lines_of_an_earlier_run_make_a_report(tmp_path: Path) -> None:
     assert all(f"](report-plots/{path.name})" in text for path in drawn)
 
 
+def test_of_a_file_with_several_runs_the_last_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for us in (100.0, 200.0):
+        out = Out(json_file=tmp_path / "lines", echo=False)
+        out.run = f"run of {us:.0f}"
+        for record in told(zps=us, gloo=700.0):
+            out.record(record)
+    found = entry.read_lines(tmp_path / "lines", Out())
+    assert [record["p50_us"] for record in found if record["what"] == "zps"] == [200.0]
+    assert "has 2 runs; this is about the last, run of 200" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("ZPS_TRACE", "trace.json", "ZPS_TRACE is set, and would be part of every time"),
+        ("ZPS_TIMOUT_S", "3", "ZPS_TIMEOUT_S"),
+    ],
+)
+def test_settings_that_spoil_a_run_are_refused_before_it(
+    name: str, value: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    report = tmp_path / "report.md"
+    result = CliRunner().invoke(entry.app, ["rtt", "--quick", "--report", str(report)])
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
+    assert not report.exists()
+
+
+def test_settings_in_force_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZPS_NONFINITE", "allow")
+    assert facts()["settings"]["nonfinite"] == "allow"
+
+
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     for text in ("hello", "[1]", '{"a": 1}'):
         (tmp_path / "lines").write_text(text)
         with pytest.raises(BenchError, match="is not a file that --json has written"):
-            entry.read_lines(tmp_path / "lines")
+            entry.read_lines(tmp_path / "lines", Out())
 
 
 def test_a_quick_run_says_whom_it_leaves_out() -> None:
