@@ -122,7 +122,11 @@ def launch(
 @app.command()
 def hub(
     bind: Annotated[
-        str | None, typer.Option(help="tcp://127.0.0.1:PORT; without it, a private ipc socket.")
+        str | None,
+        typer.Option(
+            help="tcp://HOST:PORT, beyond this machine only with --set insecure=true; without it, "
+            "a private ipc socket."
+        ),
     ] = None,
     world_size: Annotated[int | None, typer.Option(help="Number of workers.")] = None,
     mode: Mode = None,

@@ -1,4 +1,4 @@
-"""Every setting of zps: one frozen object, and the only place that reads the environment.
+"""Every setting of zps: one frozen object, and the only place that reads `ZPS_*` as settings.
 
 A setting comes from, first found wins: a keyword argument, a `ZPS_*` variable, `zps.toml` in the
 current folder (or the file that `ZPS_CONFIG` names; /dev/null for none), its default.
@@ -141,7 +141,9 @@ class Settings(BaseSettings):
         "auto", description="way to the hub: shared memory or messages; auto: by host"
     )
     hub_buffer_bytes: Bytes = Field(
-        64 * 2**20, ge=4096, description="received gradients that a hub holds at a time"
+        64 * 2**20,
+        ge=4096,
+        description="received gradients that a hub holds at a time, besides a bucket a worker",
     )
     nonfinite: Literal["raise", "skip", "allow"] = Field(
         "raise", description="a gradient with NaN or infinity: error, skip the round, push it"
@@ -171,8 +173,10 @@ class Settings(BaseSettings):
     runtime_dir: Path = Field(
         default_factory=_default_runtime_dir, description="folder of the ipc sockets, mode 0700"
     )
-    checkpoint_dir: Path | None = Field(None, description="folder of the hub's checkpoints")
-    key_dir: Path | None = Field(None, description="folder of the CURVE keys")
+    checkpoint_dir: Path | None = Field(
+        None, description="reserved for the hub's checkpoints; must stay unset"
+    )
+    key_dir: Path | None = Field(None, description="reserved for encryption keys; must stay unset")
     trace: Path | None = Field(
         None, description="where each process writes the spans of its work, such as run.json"
     )

@@ -54,7 +54,7 @@ class Codec:
     """One way to encode `n` numbers in a number of bytes that depends on nothing in them.
 
     name            as people write it
-    kind            the kernel's number, FORMAT in docs/compression.md
+    kind            the kernel's number for it, as in csrc/core/work.h
     unfit_weights   why it is no codec for weights on their way back; "" if it is one
 
     A subclass is a frozen dataclass whose fields are its options, each made by `flag`, `choice`,

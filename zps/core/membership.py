@@ -58,7 +58,7 @@ class Verdict(Enum):
 
     CONTINUE = "continue"
     WAIT = "wait"
-    """Apply nothing until a replacement comes; `Membership.why` says for whom."""
+    """What needs gradients of a dead rank waits for a replacement; `Membership.why` names it."""
     ABORT = "abort"
     """End the job; `Membership.why` says why. It stays so."""
 

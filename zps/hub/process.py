@@ -48,7 +48,8 @@ def run(
 ) -> None:
     """Serve in this process until SIGTERM, Ctrl-C, or the death of `parent_pid`.
 
-    bind      `tcp://127.0.0.1:PORT`; None: an ipc socket in a private directory, named by `token`
+    bind      `tcp://HOST:PORT`, beyond this machine only with `insecure`; None: an ipc socket in a
+              private directory, named by `token`
     make_hub  called as `Hub` is
     Raises ConfigError, HubError, OutOfMemory before anything is served.
     """

@@ -108,7 +108,7 @@ def locked_memory(_: Settings) -> Finding:
         return Finding("ok", "unlimited")
     if soft >= 64 << 10:
         return Finding("ok", f"{soft // 1024} KiB; zps itself locks nothing")
-    return Finding("warn", f"{soft} bytes", "ulimit -l 65536, if memory is to be pinned")
+    return Finding("warn", f"{soft} bytes", "nothing: this version pins no memory")
 
 
 def huge_pages(_: Settings) -> Finding:
@@ -131,7 +131,7 @@ def messages(_: Settings) -> Finding:
     if "ipc" in missing:
         return Finding("fail", f"{detail}, without ipc", "install pyzmq from its binary package")
     if missing:
-        return Finding("warn", f"{detail}, without CURVE", "no encryption between nodes")
+        return Finding("warn", f"{detail}, without CURVE", "nothing: this version encrypts nothing")
     return Finding("ok", detail)
 
 
@@ -150,7 +150,7 @@ def cupy_package(_: Settings) -> Finding:
             return Finding("ok", f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             continue
-    return Finding("ok", "absent; only GPU memory needs it (extras cupy12, cupy13)")
+    return Finding("ok", "absent; this version does not use it")
 
 
 def round_trip(settings: Settings) -> Finding:

@@ -1,4 +1,4 @@
-"""The two sockets and their options. Every option has its reason in design and traps.
+"""The two sockets and their options, each with its reason here or beside it.
 
 A hub's ROUTER never blocks and never loses a message silently: an unknown peer is an error
 (`ROUTER_MANDATORY`), a slow one fills a byte-bounded queue of ours. A worker's DEALER never queues
@@ -18,7 +18,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from zps.errors import HubError, HubUnreachable
 
-HWM = 16
+HWM = 16  # it counts messages, however large: the default, 1000, would be gigabytes of buckets
 ZERO_COPY_BYTES = 64 << 10  # below it the tracker of a zero-copy send costs more than the copy
 SLACK_BYTES = 64 << 10
 DEAD_S = 10  # a host that says nothing for so long is gone
@@ -48,7 +48,9 @@ class Router:
         self.socket = context.socket(zmq.ROUTER)
         _common(self.socket, max_bytes, address)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # Whoever comes with the routing id of another does not get its answers.
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
+        # A stranger that says nothing does not keep its connection.
         self.socket.setsockopt(zmq.HANDSHAKE_IVL, 2000)
         try:
             self.socket.bind(address)
@@ -150,6 +152,7 @@ class Dealer:
         self.socket = context.socket(zmq.DEALER)
         _common(self.socket, max_bytes, address)
         self.socket.setsockopt(zmq.IMMEDIATE, 1)
+        # A ROUTER without handover ignores whoever comes with an id that is taken.
         self.socket.setsockopt(zmq.ROUTING_ID, b"w" + os.urandom(15))
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.monitor_descriptor = int(self.monitor.getsockopt(zmq.FD))
@@ -227,10 +230,11 @@ def _common(socket: zmq.Socket[bytes], max_bytes: int, address: str) -> None:
         # What one end writes the other reads while it is in cache; the system would grow these.
         socket.setsockopt(zmq.SNDBUF, _LOCAL_BUFFER_BYTES)
         socket.setsockopt(zmq.RCVBUF, _LOCAL_BUFFER_BYTES)
+    # A longer frame than there can be ends the connection before memory is got for it.
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes + SLACK_BYTES)
     socket.setsockopt(zmq.SNDHWM, HWM)
     socket.setsockopt(zmq.RCVHWM, HWM)
-    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.LINGER, 0)  # a peer that is gone holds nobody up; `close` waits a little
     # The system looks who is there, and no heartbeat of ZMTP: libzmq 4.3.5 aborts the process when
     # one is due on a connection that ended while RCVHWM held its input back.
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
