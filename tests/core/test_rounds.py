@@ -34,15 +34,15 @@ class TestBsp:
         assert rounds.on_push(2, 0, 0, base=0) == []
         assert rounds.on_push(0, 0, 0, base=0) == []
         assert rounds.waiting_for(0) == (1,)
-        assert rounds.on_push(1, 0, 0, base=0) == [Apply(0, 0, (0, 1, 2), (0, 0, 0), closes=True)]
+        assert rounds.on_push(1, 0, 0, base=0) == [Apply(0, 0, (0, 1, 2), (0, 0, 0))]
         assert rounds.versions == [1]
         assert rounds.waiting_for(0) == ()
 
     def test_buckets_are_applied_one_by_one_and_the_last_closes_the_round(self) -> None:
         rounds = bsp(1, buckets=2)
-        assert rounds.on_push(0, 0, 1, base=0) == [Apply(1, 0, (0,), (0,), closes=False)]
+        assert rounds.on_push(0, 0, 1, base=0) == [Apply(1, 0, (0,), (0,))]
         assert rounds.min_round() == 0
-        assert rounds.on_push(0, 0, 0, base=0) == [Apply(0, 0, (0,), (0,), closes=True)]
+        assert rounds.on_push(0, 0, 0, base=0) == [Apply(0, 0, (0,), (0,))]
         assert rounds.min_round() == 1
 
     def test_a_repeated_push_counts_once(self) -> None:
@@ -60,8 +60,8 @@ class TestBsp:
         assert rounds.pending() == {(0, 0): (1,), (1, 0): (1,)}
         assert rounds.on_push(1, 1, 0, base=0) == []
         assert rounds.on_push(1, 0, 0, base=0) == [
-            Apply(0, 0, (0, 1), (0, 0), closes=True),
-            Apply(0, 1, (0, 1), (1, 1), closes=True),
+            Apply(0, 0, (0, 1), (0, 0)),
+            Apply(0, 1, (0, 1), (1, 1)),
         ]
 
     def test_a_round_that_nobody_has_opened_yet_comes_first_all_the_same(self) -> None:
@@ -107,7 +107,7 @@ class TestBsp:
         rounds.on_push(0, 0, 1, base=0)
         assert applied(rounds.leave(1)) == [(0, 1, (0,))]
         assert rounds.on_push(1, 0, 1, base=0) == [Drop(1, 1, 0, "dead")]
-        assert rounds.on_push(0, 0, 0, base=0) == [Apply(0, 0, (0, 1), (0, 0), closes=True)]
+        assert rounds.on_push(0, 0, 0, base=0) == [Apply(0, 0, (0, 1), (0, 0))]
 
     def test_a_leaver_frees_several_rounds_at_once(self) -> None:
         rounds = bsp(2)
@@ -124,20 +124,20 @@ class TestBsp:
         assert rounds.join(5) == 1
         assert applied(rounds.on_push(5, 1, 1, base=0)) == [(1, 1, (5,))]
 
-    def test_the_last_application_of_a_round_closes_it_even_before_empty_buckets(self) -> None:
+    def test_a_round_is_over_although_a_bucket_of_it_stays_empty(self) -> None:
         rounds = bsp(2, buckets=2)
         rounds.on_push(0, 0, 0, base=0)
         assert rounds.leave(0) == []
-        assert rounds.leave(1) == [Apply(0, 0, (0,), (0,), closes=True)]
+        assert rounds.min_round() == 0
+        assert rounds.leave(1) == [Apply(0, 0, (0,), (0,))]
+        assert rounds.min_round() == 1
 
-    def test_of_several_applications_only_the_last_closes_the_round(self) -> None:
+    def test_a_leaver_closes_a_round_in_all_of_its_buckets(self) -> None:
         rounds = bsp(2, buckets=2)
         rounds.on_push(0, 0, 0, base=0)
         rounds.on_push(0, 0, 1, base=0)
-        assert rounds.leave(1) == [
-            Apply(0, 0, (0,), (0,), closes=False),
-            Apply(1, 0, (0,), (0,), closes=True),
-        ]
+        assert rounds.leave(1) == [Apply(0, 0, (0,), (0,)), Apply(1, 0, (0,), (0,))]
+        assert rounds.min_round() == 1
 
     def test_a_rank_that_comes_back_enters_at_the_next_round(self) -> None:
         rounds = bsp(2)
@@ -200,8 +200,8 @@ class TestSsp:
         assert applied(rounds.on_push(1, 0, 0, base=0)) == [(0, 0, (1,))]
         assert rounds.waiting_for(0) == (2,)
         assert rounds.on_push(2, 0, 0, base=2) == [
-            Apply(0, 0, (2,), (0,), closes=False),
-            Apply(0, 1, (0,), (2,), closes=False),
+            Apply(0, 0, (2,), (0,)),
+            Apply(0, 1, (0,), (2,)),
         ]
         assert rounds.pending() == {}
 
@@ -270,7 +270,7 @@ class TestAsync:
         rounds = joined(Rounds(1, Mode.ASYNC), 2)
         for round in range(200):
             [action] = rounds.on_push(0, round, 0, base=0)
-            assert action == Apply(0, round, (0,), (round,), closes=False)
+            assert action == Apply(0, round, (0,), (round,))
         assert rounds.pending() == {}
         assert rounds.waiting_for(0) == ()
 

@@ -73,9 +73,6 @@ class RoundsMachine(RuleBasedStateMachine):
     def on_accepted(self, key: Key) -> None:
         """The mode's own notes about a push that was not dropped on arrival."""
 
-    def after(self, actions: list[Action], min_round_before: int) -> None:
-        """The mode's own judgement of all the answers of one call."""
-
     # -- what may happen -------------------------------------------------------------------
 
     @rule(rank=st.sampled_from(RANKS), later=st.sampled_from([None, None, None, 0, 3]))
@@ -174,7 +171,6 @@ class RoundsMachine(RuleBasedStateMachine):
         rank, round, bucket = key
         version = self.versions[bucket]
         base = data.draw(st.integers(max(0, version - 3), version))
-        before = self.rounds.min_round()
         reason = "dead" if rank not in self.first else self.expected_drop(key)
         if reason is None:
             self.pending[key] = base
@@ -186,16 +182,15 @@ class RoundsMachine(RuleBasedStateMachine):
         if reason is not None:
             assert actions == [Drop(rank, bucket, round, reason)]
             return
-        self.judge(actions, before)
+        self.judge(actions)
 
     def bury(self, rank: int) -> None:
-        before = self.rounds.min_round()
         del self.first[rank], self.pushed[rank]
-        self.judge(self.rounds.leave(rank), before)
+        self.judge(self.rounds.leave(rank))
 
     # -- what is promised ------------------------------------------------------------------
 
-    def judge(self, actions: list[Action], min_round_before: int) -> None:
+    def judge(self, actions: list[Action]) -> None:
         for action in actions:
             ranks = action.ranks if isinstance(action, Apply) else (action.rank,)
             assert list(ranks) == sorted(set(ranks)), "contributors are distinct and ascending"
@@ -212,7 +207,6 @@ class RoundsMachine(RuleBasedStateMachine):
             for key in keys:
                 del self.pending[key]
             self.answered += len(keys)
-        self.after(actions, min_round_before)
 
     def judge_stale(self, drop: Drop, staleness: int) -> None:
         raise AssertionError(f"{drop} answers a push that was accepted")
@@ -334,14 +328,6 @@ class BspMachine(RoundsMachine):
             for bucket, closed in enumerate(self.closed)
         )
 
-    def after(self, actions: list[Action], min_round_before: int) -> None:
-        """`closes` is set on the last Apply of each round that has just ended, and only there."""
-        last = {a.round: a for a in actions if isinstance(a, Apply)}
-        for action in actions:
-            assert isinstance(action, Apply)
-            ends = action is last[action.round] and self.over(action.round)
-            assert action.closes == ends
-
     @invariant()
     def a_quorum_that_has_pushed_is_not_kept_waiting(self) -> None:
         for _, round, bucket in self.pending:
@@ -414,7 +400,6 @@ class SspMachine(RoundsMachine):
         [rank] = apply.ranks
         assert self.lead((rank, apply.round, apply.bucket)) <= self.staleness, "the bound"
         assert self.drop_over is None or apply.staleness[0] <= self.drop_over
-        assert not apply.closes
 
     def judge_stale(self, drop: Drop, staleness: int) -> None:
         assert drop.reason == "stale"
@@ -422,7 +407,7 @@ class SspMachine(RoundsMachine):
         assert staleness > self.drop_over
         assert self.lead((drop.rank, drop.round, drop.bucket)) <= self.staleness
 
-    def judge(self, actions: list[Action], min_round_before: int) -> None:
+    def judge(self, actions: list[Action]) -> None:
         order = list(self.pending)
         ranks = (a.ranks[0] if isinstance(a, Apply) else a.rank for a in actions)
         answered = [
@@ -431,7 +416,7 @@ class SspMachine(RoundsMachine):
         new = len(order) - 1  # the push of this call goes first, if it need not wait
         kept = answered[1:] if answered[:1] == [new] else answered
         assert kept == sorted(kept), "in order of arrival"
-        super().judge(actions, min_round_before)
+        super().judge(actions)
 
     def awaited(self, round: int, bucket: int) -> set[int]:
         return {

@@ -32,11 +32,6 @@ class Apply(NamedTuple):
     """The contributors, distinct and ascending: the order to add them in."""
     staleness: tuple[int, ...]
     """For each of `ranks`: applications since the version its gradient was computed on."""
-    closes: bool
-    """bsp: the round is over with this call and this is its last Apply. Otherwise False.
-
-    A round may also end without one, when those it waited for leave: see `Rounds.min_round`.
-    """
 
 
 class Drop(NamedTuple):

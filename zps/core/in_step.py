@@ -133,7 +133,6 @@ class InStep:
     def _settle(self, buckets: Iterable[int]) -> list[Action]:
         """Close all that can be closed in these buckets."""
         actions: list[Action] = []
-        over: set[int] = set()
         for bucket in buckets:
             for round in sorted(self._rounds):
                 if round < self._next[bucket]:
@@ -147,8 +146,7 @@ class InStep:
                 if self._rounds[round].open_buckets == 0:
                     del self._rounds[round]
                     self._over = round + 1
-                    over.add(round)
-        return _mark_last(actions, over) if over else actions
+        return actions
 
     def _ready(self, round: int, bucket: int) -> bool:
         pushed = len(self._pushed[bucket].get(round, ()))
@@ -180,14 +178,4 @@ class InStep:
         ranks = tuple(sorted(bases))
         staleness = tuple(self._versions[bucket] - bases[rank] for rank in ranks)
         self._versions[bucket] += 1
-        return [Apply(bucket, round, ranks, staleness, closes=False)]
-
-
-def _mark_last(actions: list[Action], over: set[int]) -> list[Action]:
-    """`actions` with `closes` set on the last Apply of each round that is over."""
-    last = {a.round: i for i, a in enumerate(actions) if isinstance(a, Apply)}
-    marks = {last[round] for round in over if round in last}
-    return [
-        a._replace(closes=True) if i in marks and isinstance(a, Apply) else a
-        for i, a in enumerate(actions)
-    ]
+        return [Apply(bucket, round, ranks, staleness)]

@@ -134,4 +134,4 @@ class OnArrival:
         if self._drop_over is not None and staleness > self._drop_over:
             return Drop(rank, bucket, round, "stale")
         self._versions[bucket] += 1
-        return Apply(bucket, round, (rank,), (staleness,), closes=False)
+        return Apply(bucket, round, (rank,), (staleness,))
