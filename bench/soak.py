@@ -37,6 +37,7 @@ MEMORY_FLOOR = 4 << 20
 LATENCY_LIMIT = 0.25
 _CALM = 0.1  # share of the cores
 _LEAST_LOOKS = 8
+_PATIENCE_S = 60.0  # beyond the time that was asked for, on a machine where no round begins in time
 _LOOKS = 240
 _ATOL = 1e-3  # rounding of very many steps, beside weights of about 1
 
@@ -110,7 +111,10 @@ def soak(size: int, world: int, seconds: float, seed: int, out: Out) -> list[Loo
 
 
 def watch(team: Team, seconds: float, tick: Callable[[str], None]) -> list[Look]:
-    """Looks at a running team, at even distances, until the time is over."""
+    """Looks at a running team, at even distances, until the time is over.
+
+    Raises BenchError when the machine is so busy that there is too little to judge.
+    """
     began, every = time.monotonic(), seconds / _LOOKS
     looks: list[Look] = []
     rounds, a_block = 0, 10
@@ -122,6 +126,8 @@ def watch(team: Team, seconds: float, tick: Callable[[str], None]) -> list[Look]
             rounds += a_block
         samples = np.concatenate(parts)
         if not samples.size:  # every round began late: the machine was elsewhere
+            if time.monotonic() - began > seconds + _PATIENCE_S:
+                raise BenchError("nearly every round began late: this machine is too busy to soak")
             continue
         at_s = time.monotonic() - began
         looks.append(_look(team, at_s, rounds, samples, others.share()))
