@@ -63,23 +63,25 @@ def bench(
         require_writable([json_file, report_file], folder)
         if plot is not None and (reason := plots.unavailable()):
             raise BenchError(reason)
+        options = read(
+            quick=quick,
+            full=full,
+            cycles=cycles,
+            calm=calm,
+            restarts=restarts,
+            seed=seed,
+            sizes=sizes,
+            workers=workers,
+            peers=peers,
+            minutes=minutes,
+        )
         failed: list[str] = []
-        if lines is not None:
-            out.records = read_lines(lines)
-        else:
-            options = read(
-                quick=quick,
-                full=full,
-                cycles=cycles,
-                calm=calm,
-                restarts=restarts,
-                seed=seed,
-                sizes=sizes,
-                workers=workers,
-                peers=peers,
-                minutes=minutes,
-            )
+        if lines is None:
             failed = run(suites.prepare(chosen, options), out)
+        else:
+            out.records = read_lines(lines)
+            if names or quick or full or options.given:
+                out.note("with --from nothing is measured: what chooses measurements is ignored")
         finish(out, folder, report_file)
         if failed:
             raise BenchError(f"these suites have failed: {', '.join(failed)}")

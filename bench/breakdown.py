@@ -3,7 +3,8 @@
     python -m bench breakdown [--sizes 1K,1M,25M]
 
 The engine's processes write down their own spans (ZPS_TRACE). But in a quick run, rounds with and
-without are also compared: what does it cost to leave traces on?
+without are also compared: what does it cost to leave traces on? --restarts, --cycles and --calm are
+for that comparison.
 """
 
 from __future__ import annotations
@@ -40,11 +41,14 @@ def prepare(options: Options) -> suites.Job:
     for size in sizes if reason is None else ():
         harness.require_memory(compared or [ZpsGrad], size, max(worlds), payload_bytes=4 * size)
     rounds = options.by_level(50, 200, 500)
+    ignored = sorted({"restarts", "cycles", "calm"} & options.given) if not compared else ()
 
     def job(out: Out) -> None:
         if reason is not None:
             out.note(f"breakdown is skipped: {reason}")
             return
+        if ignored:
+            out.note(f"breakdown: a quick run only reads traces, whatever --{', --'.join(ignored)}")
         for world in worlds:
             for size in sizes:
                 tell(size, world, measure(size, world, rounds, options.seed), out)

@@ -34,6 +34,7 @@ class Options:
     restarts  how often every process is started anew: a layout of memory, or a placement on the
               cores, that is lucky for somebody lasts as long as the process does
     minutes   of the soak
+    given     what was chosen by whoever asks, by the names of `read`: "sizes", "cycles", ...
     """
 
     level: Level
@@ -44,6 +45,7 @@ class Options:
     workers: tuple[int, ...] | None = None
     peers: str | None = None
     minutes: float | None = None
+    given: frozenset[str] = frozenset()
 
     def by_level(self, quick: T, normal: T, full: T) -> T:
         """The one of the three that this run's level asks for."""
@@ -66,6 +68,16 @@ def read(
     """The command line's words as options. Raises BenchError naming what cannot be read."""
     if quick and full:
         raise BenchError("--quick and --full exclude each other")
+    chosen: dict[str, object] = {
+        "sizes": sizes,
+        "workers": workers,
+        "peers": peers,
+        "minutes": minutes,
+        "restarts": restarts,
+        "cycles": cycles,
+        "calm": calm,
+        "seed": seed or None,
+    }
     level = Level.QUICK if quick else Level.FULL if full else Level.NORMAL
     starts = {Level.QUICK: 1, Level.NORMAL: 2, Level.FULL: 5}[level]
     return Options(
@@ -77,6 +89,7 @@ def read(
         workers=None if workers is None else parse_workers(workers),
         peers=peers,
         minutes=minutes,
+        given=frozenset(name for name, value in chosen.items() if value is not None),
     )
 
 

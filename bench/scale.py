@@ -71,13 +71,17 @@ def prepare(options: Options) -> suites.Job:
             f"scale: {what} without {point.name}: there is not enough memory"
             for point in _drop_what_does_not_fit(points, own)
         ]
+    parts = {what: points for what, points in parts.items() if len(points) > 1}
+    if not parts:
+        raise BenchError(
+            "scale: growth is what lies between two points: give two --sizes or two --workers"
+        )
 
     def job(out: Out) -> None:
         for note in notes:
             out.note(note)
         for what, points in parts.items():
-            if len(points) > 1:
-                tell(what, points, measure(points, options, out), out)
+            tell(what, points, measure(points, options, out), out)
 
     return job
 
