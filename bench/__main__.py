@@ -60,7 +60,7 @@ def bench(
             out.console.print(_listed(chosen))
             return
         folder = plot or (report_file.parent / f"{report_file.stem}-plots" if report_file else None)
-        require_writable([json_file, report_file], folder)
+        require_writable([json_file, report_file], None)
         if plot is not None and (reason := plots.unavailable()):
             raise BenchError(reason)
         options = read(
@@ -75,13 +75,15 @@ def bench(
             peers=peers,
             minutes=minutes,
         )
-        failed: list[str] = []
+        jobs: list[tuple[suites.Suite, suites.Job]] = []
         if lines is None:
-            failed = run(suites.prepare(chosen, options), out)
+            jobs = suites.prepare(chosen, options)
         else:
             out.records = read_lines(lines)
             if names or quick or full or options.given:
                 out.note("with --from nothing is measured: what chooses measurements is ignored")
+        require_writable([], folder)  # last: it makes the folder
+        failed = run(jobs, out)
         finish(out, folder, report_file)
         if failed:
             raise BenchError(f"these suites have failed: {', '.join(failed)}")

@@ -10,6 +10,7 @@ would. `memory`: what a hub holds when eight workers push and one is late.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -297,8 +298,15 @@ def unavailable(case: str) -> str | None:
     return netns.unavailable()
 
 
+def check_rate(rate: str) -> None:
+    """Raises BenchError for what is no rate in tc's words."""
+    if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?([kmgt]i?)?(bit|bps)", rate.lower()):
+        raise BenchError(f"{rate!r} is not a rate: give it as 1gbit or 100mbit")
+
+
 def prepare(options: Options, cases: str | None = None, rate: str = "1gbit") -> suites.Job:
     """Those of `cases` (comma-separated; None: all) that can run here, at each size."""
+    check_rate(rate)
     sizes = options.sizes or (options.by_level(_QUICK_SIZE, _SIZE, _SIZE),)
     quick = options.level is Level.QUICK and options.sizes is None
     chosen = choose_cases(cases or (_QUICK_CASES if quick else None))

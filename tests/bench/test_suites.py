@@ -68,6 +68,15 @@ def test_nonsense_is_refused_before_any_work(
     assert not started
 
 
+@pytest.mark.parametrize("arguments", [["step", "--peers", "glo"], ["--from", "nowhere"]])
+def test_what_is_refused_leaves_no_folder(
+    arguments: list[str], tmp_path: Path, started: list[str]
+) -> None:
+    places = ["--report", str(tmp_path / "r.md"), "--json", str(tmp_path / "r.jsonl")]
+    assert CliRunner().invoke(entry.app, [*arguments, *places]).exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_each_suite_takes_the_participants_it_knows(started: list[str]) -> None:
     arguments = ["step", "rtt", "pull", "--peers", "zps,gloo"]
     result = CliRunner().invoke(entry.app, arguments)

@@ -158,6 +158,8 @@ def test_a_worker_that_shares_memory_is_found_out(monkeypatch: pytest.MonkeyPatc
     ("arguments", "said"),
     [
         (["--size", "many"], "'many' is not a size"),
+        (["--rate", "nonsense"], "'nonsense' is not a rate"),
+        (["--rate", "0gbit"], "'0gbit' is not a rate"),
         (["--cases", "link,hub"], "unknown case 'hub': choose from link, node, memory"),
     ],
 )
