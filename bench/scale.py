@@ -73,9 +73,8 @@ def prepare(options: Options) -> suites.Job:
         ]
     parts = {what: points for what, points in parts.items() if len(points) > 1}
     if not parts:
-        raise BenchError(
-            "scale: growth is what lies between two points: give two --sizes or two --workers"
-        )
+        alone = "scale: growth is what lies between two points: give two --sizes or two --workers"
+        raise BenchError("; ".join(notes) or alone)
 
     def job(out: Out) -> None:
         for note in notes:
@@ -108,7 +107,7 @@ def parts_of(options: Options) -> dict[str, list[Point]]:
 def _drop_what_does_not_fit(points: list[Point], allowed: bool) -> list[Point]:
     """Takes the largest off `points` until they fit; returns them. Raises BenchError instead."""
     have, dropped = harness.available_bytes(), []
-    while (need := sum(point.memory_bytes for point in points)) > have and points:
+    while points and (need := _memory_bytes(points)) > have:
         if not allowed:
             raise BenchError(
                 f"scale: {points[-1].name} and what it is compared with need about "
@@ -117,6 +116,12 @@ def _drop_what_does_not_fit(points: list[Point], allowed: bool) -> list[Point]:
             )
         dropped.append(points.pop())
     return dropped
+
+
+def _memory_bytes(points: Sequence[Point]) -> int:
+    """Of all points together, and of the largest one's reference, as harness.require_memory's."""
+    reference = 5 * 4 * max(point.size for point in points)
+    return reference + sum(point.memory_bytes for point in points)
 
 
 def measure(points: Sequence[Point], options: Options, out: Out) -> Run:

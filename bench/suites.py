@@ -16,7 +16,7 @@ from .harness import Entry, Run
 from .naming import nearest
 from .options import Level, Options, require_writable
 from .out import Out, complaints
-from .peers.base import Peer
+from .peers.base import BenchError, Peer
 from .peers.team import Team
 
 # What is left of a suite once its options are checked: it measures, and tells.
@@ -97,7 +97,8 @@ def prepare(chosen: Sequence[Suite], options: Options) -> list[tuple[Suite, Job]
 
     `options.peers` is for all of them: each takes those that it knows, or its own choice if it
     knows none. A name that no chosen suite knows is an error. What else was given and is not for a
-    suite is a note of its job.
+    suite is a note of its job. So is what a suite cannot do here if nobody has asked for it, by
+    sizes, workers or participants, unless there is no other suite.
     """
     wanted = [name.strip() for name in options.peers.split(",")] if options.peers else []
     known = list(dict.fromkeys(name for suite in chosen for name in suite.peers))
@@ -106,14 +107,24 @@ def prepare(chosen: Sequence[Suite], options: Options) -> list[tuple[Suite, Job]
             raise nearest(name, known, "peer")
     if any("minutes" in TAKES[suite.name] for suite in chosen):  # meant for those, by its own words
         options = replace(options, given=options.given - {"minutes"})
-    jobs = []
+    jobs: list[tuple[Suite, Job]] = []
+    refused: list[BenchError] = []
     for suite in chosen:
         peers = ",".join(name for name in wanted if name in suite.peers)
         own = replace(options, peers=peers or None)
-        job = suite.prepare(own)
+        try:
+            job = suite.prepare(own)
+        except BenchError as error:
+            if options.given & {"sizes", "workers", "peers"}:
+                raise
+            refused.append(error)
+            jobs.append((suite, _noting(f"{suite.name} is skipped: {error}")))
+            continue
         if ignored := _ignored(suite, own):
             job = _noting(f"{suite.name} ignores {', '.join(ignored)}", job)
         jobs.append((suite, job))
+    if len(refused) == len(jobs):
+        raise refused[0]
     return jobs
 
 

@@ -22,6 +22,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from . import footprint, harness, netns, report, sections, suites
+from .kernels import require_memory
 from .netns import Counters, Host
 from .options import Level, Options, read
 from .out import Out, Record
@@ -44,6 +45,7 @@ _COUNTED_ROUNDS = 3
 _NODE_WORKERS = 4
 _QUICK_CASES = "link,memory"
 _MEMORY_WORKERS, _MEMORY_BYTES, _QUICK_MEMORY_BYTES = 8, 100_000_000, 16 << 20
+_MEMORY_COPIES = 3 * _MEMORY_WORKERS + 4  # slot, weights, what is under way of each; the hub's
 _SIZE, _QUICK_SIZE = 25_000_000, 1_000_000
 
 app = typer.Typer(add_completion=False)
@@ -305,16 +307,26 @@ def check_rate(rate: str) -> None:
 
 
 def prepare(options: Options, cases: str | None = None, rate: str = "1gbit") -> suites.Job:
-    """Those of `cases` (comma-separated; None: all) that can run here, at each size."""
+    """Those of `cases` (comma-separated; None: all) that can run here, at each size.
+
+    Raises BenchError when sizes that were asked for do not fit into memory; of its own sizes it
+    leaves out what does not fit.
+    """
     check_rate(rate)
     sizes = options.sizes or (options.by_level(_QUICK_SIZE, _SIZE, _SIZE),)
     quick = options.level is Level.QUICK and options.sizes is None
     chosen = choose_cases(cases or (_QUICK_CASES if quick else None))
     peers, notes = choose_peers(options)
-    reasons = {name: unavailable(name) for name in chosen}
-    for size in sizes if "link" in chosen and not reasons["link"] else ():
-        harness.require_memory(peers, size, 1, payload_bytes=4 * size)
     memory_bytes = options.by_level(_QUICK_MEMORY_BYTES, _MEMORY_BYTES, _MEMORY_BYTES)
+    reasons = {name: unavailable(name) for name in chosen}
+    for name in chosen:
+        try:
+            if reasons[name] is None:
+                _require_memory(name, peers, sizes, memory_bytes)
+        except BenchError as error:
+            if options.sizes and name != "memory":
+                raise
+            reasons[name] = str(error)
 
     def job(out: Out) -> None:
         for note in notes:
@@ -330,6 +342,19 @@ def prepare(options: Options, cases: str | None = None, rate: str = "1gbit") -> 
                     _run_between_hosts(name, peers, size, rate, options, out)
 
     return job
+
+
+def _require_memory(case: str, peers: Peers, sizes: Sequence[int], memory_bytes: int) -> None:
+    """Raises BenchError when a case does not fit into memory."""
+    if case == "memory":
+        require_memory(memory_bytes // 4, _MEMORY_COPIES)
+        return
+    for size in sizes:
+        if case == "link":
+            harness.require_memory(peers, size, 1, payload_bytes=4 * size)
+        else:  # each worker works the reference out
+            payload_bytes = 4 * size * _NODE_WORKERS
+            harness.require_memory([Remote], size, _NODE_WORKERS, payload_bytes=payload_bytes)
 
 
 def _run_between_hosts(

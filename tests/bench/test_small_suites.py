@@ -93,6 +93,19 @@ def test_growth_is_told_for_each_point_beside_the_smallest(
     assert (second["relative"], record["off_linear"]) == (1.5, 0.5)
 
 
+def test_the_largest_points_are_left_out_when_they_and_their_reference_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    points = [Point(size, 2, 1) for size in (10_000_000, 20_000_000, 100_000_000)]
+    fits = sum(point.memory_bytes for point in points[:2])
+    monkeypatch.setattr(harness, "available_bytes", lambda: fits + 20 * points[1].size - 1)
+    left = list(points)
+    assert scale._drop_what_does_not_fit(left, True) == [points[2], points[1]]
+    monkeypatch.setattr(harness, "available_bytes", lambda: fits + 20 * points[1].size)
+    left = list(points)
+    assert scale._drop_what_does_not_fit(left, True) == [points[2]]
+
+
 def test_growth_counts_from_two_workers_on() -> None:
     def points(*pairs: tuple[int, float]) -> list[Record]:
         return [{"workers": workers, "relative": relative} for workers, relative in pairs]

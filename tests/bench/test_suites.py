@@ -68,6 +68,18 @@ def test_nonsense_is_refused_before_any_work(
     assert not started
 
 
+def test_a_suite_that_does_not_fit_here_is_skipped_unless_it_is_the_only_one(
+    started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "available_bytes", lambda: 1 << 20)
+    result = CliRunner().invoke(entry.app, ["kernels", "rtt"])
+    assert result.exit_code == 0, result.stderr
+    assert "kernels is skipped: size 25 M needs about" in result.stderr
+    assert started == ["rtt None"]
+    assert CliRunner().invoke(entry.app, ["kernels"]).exit_code == 2
+    assert CliRunner().invoke(entry.app, ["kernels", "rtt", "--sizes", "1M"]).exit_code == 2
+
+
 @pytest.mark.parametrize("arguments", [["step", "--peers", "glo"], ["--from", "nowhere"]])
 def test_what_is_refused_leaves_no_folder(
     arguments: list[str], tmp_path: Path, started: list[str]

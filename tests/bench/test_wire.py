@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import harness, netns, wire
+from bench.options import read
 from bench.out import Out
 from bench.peers import encoded, problem, remote
 from bench.peers import team as teams_of
@@ -158,12 +159,16 @@ def test_a_worker_that_shares_memory_is_found_out(monkeypatch: pytest.MonkeyPatc
     ("arguments", "said"),
     [
         (["--size", "many"], "'many' is not a size"),
+        (["--size", "900G", "--cases", "node"], "GiB are free"),
         (["--rate", "nonsense"], "'nonsense' is not a rate"),
         (["--rate", "0gbit"], "'0gbit' is not a rate"),
         (["--cases", "link,hub"], "unknown case 'hub': choose from link, node, memory"),
     ],
 )
-def test_nonsense_is_refused_before_any_work(arguments: list[str], said: str) -> None:
+def test_nonsense_is_refused_before_any_work(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(netns, "unavailable", lambda: None)
     result = CliRunner().invoke(wire.app, arguments)
     assert result.exit_code == 2
     assert said in " ".join(result.stderr.split())
@@ -178,6 +183,18 @@ def test_without_a_network_a_case_is_skipped_with_the_reason(
     assert not result.stdout
     assert "link is skipped: only root may" in result.stderr
     assert "node is skipped: only root may" in result.stderr
+
+
+def test_a_case_that_does_not_fit_into_memory_is_skipped_unless_its_size_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(netns, "unavailable", lambda: None)
+    monkeypatch.setattr(harness, "available_bytes", lambda: 1 << 30)
+    wire.prepare(read())(Out())
+    said = capsys.readouterr().err
+    assert all(f"{case} is skipped: size 25 M" in said for case in wire.CASES)
+    with pytest.raises(BenchError, match="size 25 M"):
+        wire.prepare(read(sizes="25M"))
 
 
 def test_the_command_prints_bytes_time_and_what_it_skipped(
