@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from bench.converge import BASE, Way
 from bench.harness import Measured, Plan, Run
 from bench.options import read
 from bench.out import Out, Record
-from bench.peers import problem
+from bench.peers import digits_loop, problem
 from bench.peers.base import BenchError, Peer, Seat
 from bench.peers.echo import Echo
 from bench.peers.hubs import Hubs2
@@ -135,6 +137,41 @@ def test_a_job_tells_its_loss_and_the_bytes_of_its_codec(tmp_path: Path) -> None
     curve = converge.learn(Way("bsp", "onebit"), tmp_path / "digits.npz", 1, 2, seed=0)
     assert curve["loss"][-1] < curve["loss"][0]
     assert curve["push_bytes"] < 4 * 75_000 / 16
+
+
+def test_the_loss_is_worked_out_when_no_round_is_left_that_could_go_on_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    seen: list[int | str] = []
+
+    class Counting(torch.nn.CrossEntropyLoss):  # type: ignore[misc, name-defined]
+        def forward(self, output: Any, target: Any) -> Any:
+            seen.append(len(target))
+            return super().forward(output, target)
+
+    zps = SimpleNamespace(
+        init=lambda: None,
+        rank=lambda: 0,
+        world_size=lambda: 2,
+        Optimizer=lambda optimizer, net: optimizer,
+        shutdown=lambda: seen.append("over"),
+    )
+    settings = SimpleNamespace(mode="async")
+    sizes = SimpleNamespace(push=SimpleNamespace(encoded_nbytes=300_000))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of this very process
+    monkeypatch.setattr(digits_loop, "zps", zps)
+    monkeypatch.setattr(digits_loop, "current", lambda: SimpleNamespace(settings=settings))
+    monkeypatch.setattr(digits_loop, "measure", lambda net, settings: sizes)
+    monkeypatch.setattr(digits_loop.nn, "CrossEntropyLoss", Counting)
+    rounds = 10
+    images, labels = np.eye(64, dtype=np.float32)[np.arange(640) % 64], np.arange(640) % 10
+    np.savez(tmp_path / "data.npz", images, images[:7], labels, labels[:7])
+    digits_loop.main(tmp_path / "data.npz", tmp_path / "curve.json", 1, seed=0)
+    curve = json.loads((tmp_path / "curve.json").read_text())
+    assert curve["rounds"] == [0, 4, 8, 10]
+    assert curve["loss"][-1] < curve["loss"][0]
+    assert seen == [digits_loop.BATCH] * rounds + ["over"] + [len(labels)] * len(curve["loss"])
 
 
 def test_a_way_that_does_not_learn_is_an_error() -> None:
