@@ -59,10 +59,11 @@ Peers = Sequence[type[Remote]]
 
 def measure_link(
     peers: Peers, size: int, rate: str, options: Options, out: Out
-) -> tuple[Case, dict[str, str]]:
+) -> tuple[Case, Record]:
     """All codecs at one size: results first, then bytes, then time, anew for each restart.
 
-    Returns the case, and why each participant that is not in it was left out.
+    Returns the case, and what is not about one participant: the bytes of each of them, the cable,
+    and why each participant that is not in the case was left out.
     """
     steps = len(peers) * (4 + options.plan.blocks) + 1
     with out.progress(options.restarts * steps) as tick, netns.network(rate) as (hub, workers):
@@ -79,8 +80,8 @@ def measure_link(
     }
     if size >= _SIZE:  # a model of few buckets has no second one to send while the first comes back
         link |= {"goal": SHARE_GOAL, "met": share >= SHARE_GOAL}
-    facts = {"wire": wire, "link": link, "skipped": skipped, **report.facts()}
-    return Case("wire", size, 4 * size, 1, run, facts), skipped
+    found = {"size": size, "workers": 1, "wire": wire, "link": link, "skipped": skipped}
+    return Case("wire", size, 4 * size, 1, run, report.facts()), found
 
 
 class _Start(NamedTuple):
@@ -188,12 +189,11 @@ def _compared(counted: int, packets: int, formula: int) -> dict[str, Any]:
     return {"bytes": round(per_round), "formula": round(expected), "off": round(off, 5)}
 
 
-def tell_link(case: Case, skipped: dict[str, str], out: Out) -> None:
+def tell_link(case: Case, found: Record, out: Out) -> None:
     """The table and the lines of the case, and what they do not show."""
     report.tell(case, out)
-    for line in sections.link(case.facts):
-        out.show(line)
-    for name, reason in skipped.items():
+    _tell("link", sections.link(found), found, out)
+    for name, reason in found["skipped"].items():
         _skip(name, reason, out)
 
 
@@ -269,8 +269,9 @@ def measure_memory(out: Out, nbytes: int = _MEMORY_BYTES) -> dict[str, Any]:
 # --- what a person reads -------------------------------------------------------------------------
 
 
-def _tell(case: str, line: str, record: Record, out: Out) -> None:
-    out.show(line)
+def _tell(case: str, lines: Sequence[str], record: Record, out: Out) -> None:
+    for line in lines:
+        out.show(line)
     out.record({"bench": "wire", "what": case, **record, **report.facts()})
 
 

@@ -138,13 +138,15 @@ CODECS: list[Record] = [
 _ONE_WAY = {"bytes": 1_020_000, "formula": 1_019_900, "off": 0.0001}
 _NODE_WAY = {"bytes": 4_000_000, "formula": 4_010_000, "off": -0.0025}
 WIRE: list[Record] = [
+    *told("wire", SIZE, 1, zps_int8=100.0, zps_onebit_int8=80.0, zps_fp16=200.0, none=400.0),
     {
-        **record,
+        "bench": "wire",
+        "what": "link",
+        "size": SIZE,
+        "workers": 1,
         "wire": {"zps-int8": {"to_hub": _ONE_WAY, "from_hub": _ONE_WAY}},
         "link": {"plain_tcp_bytes_per_s": 125_000_000, "share": 0.94, "goal": 0.9, "met": True},
-    }
-    for record in told("wire", SIZE, 1, zps_int8=100.0, none=400.0)[:1]
-] + [
+    },
     {"bench": "wire", "what": "node", "workers": 4, "to_hub": _NODE_WAY, "from_hub": _NODE_WAY},
     {
         "bench": "wire",

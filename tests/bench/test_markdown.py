@@ -70,7 +70,7 @@ def test_a_report_has_a_section_for_each_suite_and_says_where_it_was_measured() 
     ],
 )
 def test_its_tables_hold_what_was_measured(line: str) -> None:
-    assert line in markdown.render(RECORDS, [], Path()).splitlines()
+    assert markdown.render(RECORDS, [], Path()).splitlines().count(line) == 1
 
 
 def test_goals_that_were_not_measured_are_named() -> None:
@@ -91,7 +91,7 @@ def test_a_report_of_nothing_is_one() -> None:
 
 def test_the_terminal_shows_only_goals_that_were_measured() -> None:
     assert markdown.goals_table([]).row_count == 0
-    assert markdown.goals_table(RECORDS).row_count == 7
+    assert markdown.goals_table(RECORDS).row_count == 8
 
 
 def test_every_plot_is_drawn_when_there_is_something_to_show(tmp_path: Path) -> None:
