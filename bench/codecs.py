@@ -32,7 +32,7 @@ from rich.table import Table
 from zps import native
 from zps.optim.registry import rule
 
-from . import suites
+from . import goals, suites
 from .kernels import Timing, anonymous, require_memory, take_turns, turns_ratio
 from .options import Options, read
 from .out import Out, Record
@@ -120,6 +120,7 @@ class Result:
     def record(self) -> Record:
         walls = [t.wall_s * 1e6 for t in self.kernel]
         seconds = median(t.wall_s for t in self.kernel)
+        ratio = turns_ratio(self.peer, self.kernel)
         return {
             "bench": "codecs",
             "what": self.what,
@@ -133,9 +134,9 @@ class Result:
             "p99_us": round(float(np.percentile(walls, 99)), 1),
             "gbps": round(self.moved_bytes / seconds / 1e9, 2),
             "peer": self.peer_name,
-            **turns_ratio(self.peer, self.kernel).record(),
+            **ratio.record(),
             "goal": self.goal,
-            "met": self.ratio >= self.goal,
+            "verdict": goals.verdict(ratio.value, (ratio.low, ratio.high), self.goal),
         }
 
 
@@ -307,8 +308,8 @@ def table(done: list[Result]) -> Table:
         shown.add_column(title, justify="right")
     for r in done:
         judged = r.elements > _CACHED_ELEMENTS or r.peer_name != "stream"
-        colour = "default" if not judged else "green" if r.ratio >= r.goal else "red"
         record = r.record()
+        colour = goals.COLOURS[record["verdict"]] if judged else "default"
         shown.add_row(
             r.what,
             r.subject.name,

@@ -31,7 +31,7 @@ from rich.table import Table
 from zps import native
 from zps.optim.registry import rule
 
-from . import harness, suites
+from . import goals, harness, suites
 from .options import Options, read
 from .out import Out, Record
 from .peers.base import BenchError, cores
@@ -120,6 +120,7 @@ class Result:
 
     def record(self) -> Record:
         walls = [t.wall_s * 1e6 for t in self.kernel]
+        ratio = turns_ratio(self.stream, self.kernel)
         return {
             "bench": "kernels",
             "what": self.case,
@@ -132,10 +133,10 @@ class Result:
             "gbps": round(self.gbps(self.kernel), 2),
             "stream_gbps": round(self.gbps(self.stream), 2),
             "stream_shape": self.shape,
-            **turns_ratio(self.stream, self.kernel).record(),
+            **ratio.record(),
             "cpu_ratio": round(self.ratio("cpu_s"), 3),
             "goal": GOAL,
-            "met": self.ratio("wall_s") >= GOAL,
+            "verdict": goals.verdict(ratio.value, (ratio.low, ratio.high), GOAL),
         }
 
 
@@ -251,7 +252,7 @@ def table(done: list[Result]) -> Table:
         shown.add_column(title, justify="right")
     for r in done:
         judged = r.elements > _QUICK_ELEMENTS  # not what fits into cache
-        colour = "default" if not judged else "green" if r.ratio("wall_s") >= GOAL else "red"
+        colour = goals.COLOURS[r.record()["verdict"]] if judged else "default"
         shown.add_row(
             r.case,
             r.memory,

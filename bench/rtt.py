@@ -76,14 +76,17 @@ def tell_cpu(case: Case, out: Out) -> None:
     ratio = stats.ratio_of_medians(theirs, ours)
     goal = goals.ratio_goal("rtt", "zps-cpu", Echo.name, case.size, case.world)
     hub_us, echo_us = hub.cpu_us["server"], echo.cpu_us["server"]
-    met = {"goal": round(goal.least, 3), "met": ratio.value >= goal.least} if goal else {}
+    judged = {}
+    if goal is not None:
+        verdict = goals.verdict(ratio.value, (ratio.low, ratio.high), goal.least)
+        judged = {"goal": round(goal.least, 3), "verdict": verdict}
     record = {
         "bench": "rtt",
         "what": "zps-cpu",
         "size": case.size,
         "workers": case.world,
         "server_us": round(hub_us, 2),
-        "peers": {Echo.name: {"server_us": round(echo_us, 2), **ratio.record(), **met}},
+        "peers": {Echo.name: {"server_us": round(echo_us, 2), **ratio.record(), **judged}},
         "other_cpu": round(case.run.other_cpu, 3),
         **case.facts,
     }

@@ -10,7 +10,7 @@ turns, so that they are comparable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,12 @@ from rich.table import Table
 from . import harness, report, suites
 from .harness import Entry, Run
 from .options import Options
-from .out import Out
+from .out import Out, Record
 from .peers import problem
 from .peers.base import BenchError
 from .peers.hubs import Hubs, Hubs2, Hubs4
 from .peers.zps_round import Zps
-from .stats import ratio_of_medians
+from .stats import Ratio, ratio_of_medians
 from .suites import Teams
 
 EACH = {"parameters": "a parameter", "workers": "a worker", "hubs": "a parameter"}
@@ -156,31 +156,40 @@ def tell(what: str, points: Sequence[Point], run: Run, out: Out) -> None:
             f"{row['relative']:.2f} ({low:.2f}–{high:.2f})",
         )
     out.show(table)
-    linear = {} if what == "hubs" else {"off_linear": off_linear(told)}
+    linear = {} if what == "hubs" else off_linear(what, points, run)
     origin = {"other_cpu": round(run.other_cpu, 3), **report.facts()}
     out.record({"bench": "scale", "what": what, "points": told, **linear, **origin})
 
 
-def off_linear(points: Sequence[Mapping[str, Any]]) -> float:
-    """By how much the dearest point's relative time is above the smallest's, as a share of it.
+def off_linear(what: str, points: Sequence[Point], run: Run) -> Record:
+    """By how much the dearest point's relative time is above the smallest's, and the interval.
 
     A single worker has nobody to wait for: growth is counted from two workers on.
     """
-    shared = [p["relative"] for p in points if p["workers"] > 1] or [1.0]
-    return float(round(max(shared) / shared[0] - 1, 3))
+    shared = [point for point in points if point.workers > 1] or points[:1]
+    ratios = [relative(what, point, shared[0], run) for point in shared]
+    worst = max(ratios, key=lambda ratio: ratio.value)
+    low, high = round(worst.low - 1, 3), round(worst.high - 1, 3)
+    return {"off_linear": round(worst.value - 1, 3), "off_linear_ci95": [low, high]}
 
 
-def _told(what: str, point: Point, smallest: Point, run: Run) -> dict[str, Any]:
+def relative(what: str, point: Point, smallest: Point, run: Run) -> Ratio:
+    """The time of a point for each of what grows, over that of the smallest."""
     own, first = run.measured[point.name], run.measured[smallest.name]
     ratio = ratio_of_medians(own.cycles, first.cycles, restarts=own.restarts)
     units = [p.workers if what == "workers" else p.size for p in (smallest, point)]
     share = units[0] / units[1]
+    return Ratio(ratio.value * share, ratio.low * share, ratio.high * share)
+
+
+def _told(what: str, point: Point, smallest: Point, run: Run) -> dict[str, Any]:
+    ratio = relative(what, point, smallest, run)
     return {
         "name": point.name,
         "size": point.size,
         "workers": point.workers,
         "hubs": point.hubs,
-        **report.figures(own),
-        "relative": round(ratio.value * share, 3),
-        "relative_ci95": [round(ratio.low * share, 3), round(ratio.high * share, 3)],
+        **report.figures(run.measured[point.name]),
+        "relative": round(ratio.value, 3),
+        "relative_ci95": [round(ratio.low, 3), round(ratio.high, 3)],
     }

@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from . import footprint, harness, netns, report, sections, suites
+from . import footprint, goals, harness, netns, report, sections, suites
 from .kernels import require_memory
 from .netns import Counters, Host
 from .options import Level, Options, read
@@ -79,7 +79,7 @@ def measure_link(
         "share": round(share, 3),
     }
     if size >= _SIZE:  # a model of few buckets has no second one to send while the first comes back
-        link |= {"goal": SHARE_GOAL, "met": share >= SHARE_GOAL}
+        link |= {"goal": SHARE_GOAL, "verdict": goals.verdict(share, None, SHARE_GOAL)}
     found = {"size": size, "workers": 1, "wire": wire, "link": link, "skipped": skipped}
     return Case("wire", size, 4 * size, 1, run, report.facts()), found
 
@@ -262,7 +262,7 @@ def measure_memory(out: Out, nbytes: int = _MEMORY_BYTES) -> dict[str, Any]:
         "needed_bytes": found.needed,
         "ratio": round(found.peak / found.needed, 3),
         "goal": footprint.ALLOWED,
-        "met": found.bounded,
+        "verdict": "met" if found.bounded else "missed",
     }
 
 

@@ -60,7 +60,9 @@ def scale(what: str, *relative: float) -> Record:
         }
         for number, value in enumerate(relative)
     ]
-    return {"bench": "scale", "what": what, "points": points, "off_linear": max(relative) - 1}
+    off = max(relative) - 1
+    ends = {"off_linear_ci95": [off - 0.1, off + 0.1]}
+    return {"bench": "scale", "what": what, "points": points, "off_linear": off, **ends}
 
 
 def look(at_s: float, **more: Any) -> Record:
@@ -76,6 +78,7 @@ SOAK: Record = {
     "rounds": 1000,
     "steady": False,
     "memory_growth": 0.5,
+    "memory_of_allowed": 1.75,
     "latency_drift": 0.01,
     "faults": ["process 2 has grown by 7.0 MiB"],
     "looks": [look(0.0), look(1.0)],
@@ -145,7 +148,12 @@ WIRE: list[Record] = [
         "size": SIZE,
         "workers": 1,
         "wire": {"zps-int8": {"to_hub": _ONE_WAY, "from_hub": _ONE_WAY}},
-        "link": {"plain_tcp_bytes_per_s": 125_000_000, "share": 0.94, "goal": 0.9, "met": True},
+        "link": {
+            "plain_tcp_bytes_per_s": 125_000_000,
+            "share": 0.94,
+            "goal": 0.9,
+            "verdict": "met",
+        },
     },
     {"bench": "wire", "what": "node", "workers": 4, "to_hub": _NODE_WAY, "from_hub": _NODE_WAY},
     {

@@ -108,13 +108,35 @@ def test_the_largest_points_are_left_out_when_they_and_their_reference_do_not_fi
     assert scale._drop_what_does_not_fit(left, True) == [points[2]]
 
 
-def test_growth_counts_from_two_workers_on() -> None:
-    def points(*pairs: tuple[int, float]) -> list[Record]:
-        return [{"workers": workers, "relative": relative} for workers, relative in pairs]
+@pytest.mark.parametrize(
+    ("relative", "off"),
+    [
+        ({2: 1.0, 4: 0.9, 8: 0.95}, 0.0),
+        ({2: 1.0, 4: 1.3, 8: 1.1}, 0.3),
+        ({1: 1.0, 2: 2.0, 4: 2.2}, 0.1),
+    ],
+)
+def test_growth_counts_from_two_workers_on(relative: dict[int, float], off: float) -> None:
+    points = [Point(1000, workers, 1) for workers in relative]
+    measured = {
+        point.name: Measured([np.full(3, 100.0 * point.workers * relative[point.workers])] * 2, {})
+        for point in points
+    }
+    found = scale.off_linear("workers", points, Run(measured, 1.0, 0.0))
+    assert found == {"off_linear": off, "off_linear_ci95": [off, off]}
 
-    assert scale.off_linear(points((2, 1.0), (4, 0.9), (8, 0.95))) == 0.0
-    assert scale.off_linear(points((2, 1.0), (4, 1.3), (8, 1.1))) == 0.3
-    assert scale.off_linear(points((1, 1.0), (2, 2.0), (4, 2.2))) == 0.1
+
+def test_the_interval_of_growth_is_that_of_the_dearest_point() -> None:
+    points = [Point(1000, workers, 1) for workers in (2, 4, 8)]
+    times = ([100.0] * 4, [220.0, 250.0, 240.0, 260.0], [400.0] * 4)
+    measured = {
+        point.name: Measured([np.full(3, us) for us in cycles], {})
+        for point, cycles in zip(points, times, strict=True)
+    }
+    found = scale.off_linear("workers", points, Run(measured, 1.0, 0.0))
+    low, high = found["off_linear_ci95"]
+    assert found["off_linear"] == 0.225
+    assert 0.09 < low < 0.225 < high < 0.31
 
 
 def test_growth_with_workers_is_by_worker(capsys: pytest.CaptureFixture[str]) -> None:
