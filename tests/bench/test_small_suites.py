@@ -22,7 +22,9 @@ from bench.peers import digits_loop, problem
 from bench.peers.base import BenchError, Peer, Seat
 from bench.peers.echo import Echo
 from bench.peers.hubs import Hubs2
+from bench.peers.team import Cpu
 from bench.peers.zps_round import Zps
+from bench.report import Case
 from bench.scale import Point
 
 
@@ -48,6 +50,26 @@ def test_a_round_trip_is_told_in_time_and_in_the_servers_processor_time(
     assert cpu["server_us"] > 0
     assert all(found["cpu_us"]["workers"] > 0 for found in (times, times["peers"]["echo"]))
     assert times["cpu_us"]["server"] == pytest.approx(cpu["server_us"], abs=0.1)
+
+
+def test_starts_that_disagree_widen_the_interval_of_processor_time(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def measured(*server_us: float, restarts: list[int]) -> Measured:
+        cpu = [Cpu(1.0, us) for us in server_us for _ in range(20)]
+        return Measured([np.full(3, 50.0)] * sum(restarts), {}, restarts=restarts, cpu=cpu)
+
+    # The last start has lost a cycle, of which every round began late.
+    for restarts in ([10] * 4, [10, 10, 10, 9]):
+        both = {
+            "zps": measured(*[10.0] * 4, restarts=restarts),
+            "echo": measured(20.0, 20.0, 20.0, 40.0, restarts=restarts),
+        }
+        rtt.tell_cpu(Case("rtt", 1000, 4000, 2, Run(both, 1.0, 0.0)), Out())
+        (record,) = records_of(capsys)
+        low, high = record["peers"]["echo"]["ratio_ci95"]
+        assert low == 2.0
+        assert high >= 3.0
 
 
 @contextmanager
