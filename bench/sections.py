@@ -209,8 +209,11 @@ def _breakdown(records: Sequence[Record]) -> str:
     for record in records:
         whole = sum(record["parts_us"].values())
         shares = (f"{name} {us / whole:.0%}" for name, us in record["parts_us"].items())
-        rows.append((human(record["size"]), str(record["workers"]), ", ".join(shares)))
-    return table(("parameters", "n", "share of a round"), rows)
+        timed = record.get("round_p50_us")
+        times = f"{whole:.0f} / {'?' if timed is None else f'{timed:.0f}'}"
+        rows.append((human(record["size"]), str(record["workers"]), times, ", ".join(shares)))
+    titles = ("parameters", "n", "µs: sum of the parts / median round", "share of the sum")
+    return table(titles, rows)
 
 
 def _plain(records: Sequence[Record]) -> str:

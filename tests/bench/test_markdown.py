@@ -58,7 +58,7 @@ def test_a_report_has_a_section_for_each_suite_and_says_where_it_was_measured() 
         "| sgd | engine | 2 | 25 M | 0.95 (0.90–1.00) | 0.85 | 12.0 |",
         "| workers | point 1 | 0.100 | 1.30 (1.20–1.40) |",
         "| bsp int8 | 4 | 1.25 | 0.250 | 97.0% |",
-        "| 25 M | 2 | encode 25%, apply 50%, wake 25% |",
+        "| 25 M | 2 | 400 / 410 | encode 25%, apply 50%, wake 25% |",
         "- a round's processor time, n = 2: hub 5 µs, echo 20 µs: 0.25 × (0.20–0.50)",
         "| int8 | 0.50 (0.40–0.60) |  | 0.70 (0.60–0.80) |",
         "- encode topk 1 %, 25 M: torch.topk takes 12.0 × as long (11.90–12.10), goal 5",

@@ -261,4 +261,12 @@ def test_where_the_engine_writes_traces_they_make_up_a_round(
     breakdown.tell(1000, 1, breakdown.measure(1000, 1, 5, seed=3), Out())
     (record,) = records_of(capsys)
     assert {"encode", "apply", "wake"} <= record["parts_us"].keys()
+    assert record["round_p50_us"] is None or record["round_p50_us"] > 0
     assert all(np.isfinite(us) and us >= 0 for us in record["parts_us"].values())
+
+
+def test_parts_that_do_not_add_up_to_a_round_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {"encode": 60.0, "apply": 60.0}
+    for p50_us, said in ((120.0, False), (130.0, False), (100.0, True), (200.0, True)):
+        breakdown.tell(1000, 1, breakdown.Round(parts, p50_us), Out())
+        assert ("not shares of it" in capsys.readouterr().err) == said
