@@ -148,17 +148,25 @@ def test_growth_counts_from_two_workers_on(relative: dict[int, float], off: floa
     assert found == {"off_linear": off, "off_linear_ci95": [off, off]}
 
 
-def test_the_interval_of_growth_is_that_of_the_dearest_point() -> None:
+@pytest.mark.parametrize(
+    ("times", "off", "least", "most"),
+    [
+        ((220.0, 250.0, 240.0, 260.0), 0.225, 0.09, 0.31),
+        ((150.0, 190.0, 250.0, 170.0), 0.0, 0.0, 0.26),
+    ],
+)
+def test_growth_may_be_that_of_any_point_within_its_interval(
+    times: tuple[float, ...], off: float, least: float, most: float
+) -> None:
     points = [Point(1000, workers, 1) for workers in (2, 4, 8)]
-    times = ([100.0] * 4, [220.0, 250.0, 240.0, 260.0], [400.0] * 4)
     measured = {
         point.name: Measured([np.full(3, us) for us in cycles], {})
-        for point, cycles in zip(points, times, strict=True)
+        for point, cycles in zip(points, ([100.0] * 4, times, [400.0] * 4), strict=True)
     }
     found = scale.off_linear("workers", points, Run(measured, 1.0, 0.0))
     low, high = found["off_linear_ci95"]
-    assert found["off_linear"] == 0.225
-    assert 0.09 < low < 0.225 < high < 0.31
+    assert found["off_linear"] == off
+    assert least <= low <= off < high < most
 
 
 def test_growth_with_workers_is_by_worker(capsys: pytest.CaptureFixture[str]) -> None:
