@@ -62,27 +62,31 @@ def bench(
             out.console.print(_listed(chosen))
             return
         folder = plot or (report_file.parent / f"{report_file.stem}-plots" if report_file else None)
-        require_writable([json_file, report_file], folder)
+        require_writable([json_file, report_file], None)
         if plot is not None and (reason := plots.unavailable()):
             raise BenchError(reason)
-        failed: list[str] = []
         origin.settings()
-        if lines is not None:
-            out.records = read_lines(lines, out)
+        options = read(
+            quick=quick,
+            full=full,
+            cycles=cycles,
+            calm=calm,
+            restarts=restarts,
+            seed=seed,
+            sizes=sizes,
+            workers=workers,
+            peers=peers,
+            minutes=minutes,
+        )
+        jobs: list[tuple[suites.Suite, suites.Job]] = []
+        if lines is None:
+            jobs = suites.prepare(chosen, options)
         else:
-            options = read(
-                quick=quick,
-                full=full,
-                cycles=cycles,
-                calm=calm,
-                restarts=restarts,
-                seed=seed,
-                sizes=sizes,
-                workers=workers,
-                peers=peers,
-                minutes=minutes,
-            )
-            failed = run(suites.prepare(chosen, options), out)
+            out.records = read_lines(lines, out)
+            if names or quick or full or options.given:
+                out.note("with --from nothing is measured: what chooses measurements is ignored")
+        require_writable([], folder)  # last: it makes the folder
+        failed = run(jobs, out)
         finish(out, folder, report_file)
         if failed:
             raise BenchError(f"these suites have failed: {', '.join(failed)}")

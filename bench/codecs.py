@@ -21,7 +21,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
@@ -32,11 +31,11 @@ from rich.table import Table
 from zps import native
 from zps.optim.registry import rule
 
-from . import suites
-from .kernels import Timing, anonymous, require_memory, take_turns, turns_ratio
+from . import goals, harness, suites
+from .kernels import Turns, anonymous, gbps, require_close, require_memory, take_turns
 from .options import Options, read
 from .out import Out, Record
-from .peers.base import cores
+from .peers.base import BenchError, cores
 from .report import JsonFile, Quick, facts
 
 Floats = NDArray[np.float32]
@@ -46,8 +45,10 @@ UNIT = 512  # elements that the stream kernel takes together
 GOAL = 0.8
 TOPK_GOAL = 5.0
 CONTRIBUTORS = (1, 2, 4)
-_ELEMENTS, _QUICK_ELEMENTS = 25_000_000, 4 * PIECE  # at most, in a quick run
+_ELEMENTS, _QUICK_ELEMENTS = 25_000_000, PIECE
+_CACHED_ELEMENTS = 4 * PIECE  # so many fit into cache: no goal is for them
 _REPEATS, _QUICK_REPEATS = 15, 3
+_LEAST_TURNS = 3  # of topk, which takes long: one has no interval
 _STREAMS = 12  # five of the memory, four slots, topk's copies
 
 
@@ -107,18 +108,11 @@ class Result:
     elements: int
     coded_bytes: int  # of one contributor
     moved_bytes: int
-    kernel: list[Timing]
-    peer: list[Timing]
+    turns: Turns  # of the kernel and the peer
     peer_name: str = "stream"
     goal: float = GOAL
 
-    @property
-    def ratio(self) -> float:
-        return median(t.wall_s for t in self.peer) / median(t.wall_s for t in self.kernel)
-
     def record(self) -> Record:
-        walls = [t.wall_s * 1e6 for t in self.kernel]
-        seconds = median(t.wall_s for t in self.kernel)
         return {
             "bench": "codecs",
             "what": self.what,
@@ -128,13 +122,9 @@ class Result:
             "elements": self.elements,
             "bytes": self.moved_bytes,
             "coded_bytes_per_parameter": round(self.coded_bytes / self.elements, 4),
-            "p50_us": round(float(np.percentile(walls, 50)), 1),
-            "p99_us": round(float(np.percentile(walls, 99)), 1),
-            "gbps": round(self.moved_bytes / seconds / 1e9, 2),
+            "gbps": round(gbps(self.moved_bytes, self.turns.ours), 2),
             "peer": self.peer_name,
-            **turns_ratio(self.peer, self.kernel).record(),
-            "goal": self.goal,
-            "met": self.ratio >= self.goal,
+            **self.turns.record(self.goal),
         }
 
 
@@ -151,7 +141,7 @@ class Bucket:
         byte = 0
         for encoding, n in zip(self.encodings, lengths, strict=True):
             if encoding.nbytes != subject.nbytes(n):
-                raise AssertionError(f"{subject.name}: {encoding.nbytes} bytes for {n} elements")
+                raise BenchError(f"{subject.name}: {encoding.nbytes} bytes for {n} elements")
             self.encoded.append(byte)
             byte += -(-encoding.nbytes // 64) * 64
         self.coded_bytes = sum(encoding.nbytes for encoding in self.encodings)
@@ -178,7 +168,8 @@ class Bucket:
     def run_encode(self, repeats: int) -> Result:
         m = self.memory
         self.encode()
-        assert np.array_equal(m.after, m.gradient + m.before - self.decoded())
+        name = self.subject.name
+        require_close(f"encode {name}", m.after, m.gradient + m.before - self.decoded())
         pool = native.Pool(1)
         scrap = anonymous(self.unit * self.n // UNIT // 4)
         reads, writes = m.wide(m.gradient, m.before), [*m.wide(m.after), self.narrow(scrap)]
@@ -186,9 +177,9 @@ class Bucket:
         def stream() -> None:
             native.move(pool, reads, writes, self.n // UNIT)
 
-        kernel, peer = take_turns(self.encode, stream, repeats)
+        turns = take_turns(self.encode, stream, repeats)
         moved = 12 * self.n + self.coded_bytes
-        return Result("encode", self.subject, 1, 1, self.n, self.coded_bytes, moved, kernel, peer)
+        return Result("encode", self.subject, 1, 1, self.n, self.coded_bytes, moved, turns)
 
     def narrow(self, slot: Floats) -> tuple[int, int]:
         return slot.ctypes.data, self.unit
@@ -224,7 +215,7 @@ class Bucket:
         pool = native.Pool(threads)
         reads = [self.narrow(slot) for slot in self.slots[:contributors]]
         native.reduce(pool, [job], [m.after.ctypes.data])
-        np.testing.assert_allclose(m.after, self.decoded(), rtol=1e-6)
+        require_close(f"reduce {self.subject.name}", m.after, self.decoded(), rtol=1e-6)
         if what == "reduce":
             writes = m.wide(m.after)
             call = partial(native.reduce, pool, [job], [m.after.ctypes.data])
@@ -232,12 +223,10 @@ class Bucket:
             writes = m.wide(m.weights, m.momentum)
             reads = [*reads, *writes]
             call = partial(native.apply, pool, [job])
-        kernel, peer = take_turns(
-            call, lambda: native.move(pool, reads, writes, self.n // UNIT), repeats
-        )
+        turns = take_turns(call, lambda: native.move(pool, reads, writes, self.n // UNIT), repeats)
         coded = self.coded_bytes
         moved = contributors * coded + self.n * (4 if what == "reduce" else 16)
-        return Result(what, self.subject, contributors, threads, self.n, coded, moved, kernel, peer)
+        return Result(what, self.subject, contributors, threads, self.n, coded, moved, turns)
 
 
 class Memory:
@@ -269,7 +258,7 @@ def run_topk(memory: Memory, exact: bool, repeats: int) -> Result:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        kernel, peer = take_turns(
+        turns = take_turns(
             bucket.encode, lambda: torch.topk(gradient.abs(), k, sorted=False), repeats
         )
     finally:
@@ -277,7 +266,7 @@ def run_topk(memory: Memory, exact: bool, repeats: int) -> Result:
     moved = 12 * memory.n + bucket.coded_bytes
     coded = bucket.coded_bytes
     return Result(
-        *("encode", subject, 1, 1, memory.n, coded, moved, kernel, peer),
+        *("encode", subject, 1, 1, memory.n, coded, moved, turns),
         peer_name="torch.topk",
         goal=TOPK_GOAL,
     )
@@ -290,7 +279,7 @@ def results(
     for subject in (*SUBJECTS, *STOCHASTIC):
         yield Bucket(subject, memory).run_encode(repeats)
     for exact in (False, True):
-        yield run_topk(memory, exact, max(1, repeats // 5))
+        yield run_topk(memory, exact, max(_LEAST_TURNS, repeats // 5))
     for subject in SUBJECTS:
         bucket = Bucket(subject, memory)
         for what in ("reduce", "apply"):
@@ -298,34 +287,35 @@ def results(
                 yield bucket.run_decode(what, contributors, repeats, threads)
 
 
-def table(done: list[Result]) -> Table:
-    shown = Table(title=f"{done[0].elements / 1e6:g} M float32 parameters, {native.isa()}")
+def table(done: list[Result], other_cpu: float) -> Table:
+    shown = Table(
+        title=f"{done[0].elements / 1e6:g} M float32 parameters, {native.isa()}",
+        caption=f"other processes used {other_cpu:.0%} of the cores",
+    )
     for title in ("kernel", "codec"):
         shown.add_column(title)
     for title in ("contributors", "bytes/param", "ms", "GB/s", "against", "ratio"):
         shown.add_column(title, justify="right")
     for r in done:
-        judged = r.elements > _QUICK_ELEMENTS or r.peer_name != "stream"  # not what fits into cache
-        colour = "default" if not judged else "green" if r.ratio >= r.goal else "red"
+        judged = r.elements > _CACHED_ELEMENTS or r.peer_name != "stream"
         record = r.record()
+        colour = goals.COLOURS[record["verdict"]] if judged else "default"
         shown.add_row(
             r.what,
             r.subject.name,
             str(r.contributors),
             f"{r.coded_bytes / r.elements:.3f}",
-            f"{median(t.wall_s for t in r.kernel) * 1e3:.2f}",
+            f"{r.turns.ms:.2f}",
             str(record["gbps"]),
             r.peer_name,
-            f"[{colour}]{r.ratio:.2f}[/{colour}]",
+            f"[{colour}]{record['ratio']:.2f}[/{colour}]",
         )
     return shown
 
 
 def prepare(options: Options, repeats: int | None = None, threads: int | None = None) -> suites.Job:
     """All codecs at each size; `reduce` and `apply` with each number of contributors."""
-    sizes = options.sizes or (options.by_level(PIECE, _ELEMENTS, _ELEMENTS),)
-    if options.level is options.level.QUICK:
-        sizes = tuple(min(size, _QUICK_ELEMENTS) for size in sizes)
+    sizes = options.sizes or (options.by_level(_QUICK_ELEMENTS, _ELEMENTS, _ELEMENTS),)
     counts = options.workers or CONTRIBUTORS
     turns = repeats or options.by_level(_QUICK_REPEATS, _REPEATS, _REPEATS)
     threads = threads or cores()
@@ -336,14 +326,15 @@ def prepare(options: Options, repeats: int | None = None, threads: int | None = 
         origin = {"isa": native.isa(), **facts()}
         for size in sizes:
             n = max(1, size // 4096) * 4096
-            done = []
+            done, others = [], harness.Others()
             steps = len(SUBJECTS) * (1 + 2 * len(counts)) + len(STOCHASTIC) + 2
             with out.progress(steps) as tick:
                 for result in results(n, turns, threads, counts):
                     tick(f"{result.what} {result.subject.name}")
-                    out.record({**result.record(), **origin})
+                    busy = {"other_cpu": round(others.share(), 3)}  # since the first case
+                    out.record({**result.record(), **busy, **origin})
                     done.append(result)
-            out.show(table(done))
+            out.show(table(done, others.share()))
 
     return job
 

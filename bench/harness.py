@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -47,13 +48,25 @@ class Plan:
         return 2 * self.cycles
 
 
-FULL = Plan(cycles=10, block_s=0.5)
-QUICK = Plan(cycles=3, block_s=0.15, most_rounds=50)
+class Level(Enum):
+    """How long a run may take: about a minute for all suites, some minutes each, or as needed."""
+
+    QUICK = "quick"
+    NORMAL = "normal"
+    FULL = "full"
 
 
-def plan(quick: bool, cycles: int | None, calm: float | None) -> Plan:
+# Of each start. Starts differ more than cycles do, so there are rather more of them.
+PLANS = {
+    Level.QUICK: Plan(cycles=3, block_s=0.15, most_rounds=50),
+    Level.NORMAL: Plan(cycles=4, block_s=0.3),
+    Level.FULL: Plan(cycles=10, block_s=0.5),
+}
+
+
+def plan(level: Level, cycles: int | None, calm: float | None) -> Plan:
     """What the command line asks for."""
-    base = QUICK if quick else FULL
+    base = PLANS[level]
     base = base if cycles is None else replace(base, cycles=cycles)
     return base if calm is None else replace(base, calm=calm, patience_s=_PATIENCE_S)
 

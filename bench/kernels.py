@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -31,7 +31,7 @@ from rich.table import Table
 from zps import native
 from zps.optim.registry import rule
 
-from . import harness, suites
+from . import goals, harness, suites
 from .options import Options, read
 from .out import Out, Record
 from .peers.base import BenchError, cores
@@ -81,23 +81,73 @@ def timed(call: Callable[[], object]) -> Timing:
     return Timing(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def take_turns(
-    first: Callable[[], object], second: Callable[[], object], repeats: int
-) -> tuple[list[Timing], list[Timing]]:
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """What took turns, A B B A."""
+
+    ours: list[Timing]
+    theirs: list[Timing]
+
+    @property
+    def ratio(self) -> Ratio:
+        """Their median time over ours; a turn is what the interval draws."""
+        theirs, ours = (
+            list(np.array([t.wall_s for t in times]).reshape(-1, 2))
+            for times in (self.theirs, self.ours)
+        )
+        return ratio_of_medians(theirs, ours)
+
+    @property
+    def cpu_ratio(self) -> float:
+        """The same of processor time."""
+        return median(t.cpu_s for t in self.theirs) / median(t.cpu_s for t in self.ours)
+
+    @property
+    def ms(self) -> float:
+        """Our median time."""
+        return median(t.wall_s for t in self.ours) * 1e3
+
+    def record(self, goal: float) -> Record:
+        """Times, processor time, the ratio, and what it means for the goal."""
+        walls, ratio = [t.wall_s * 1e6 for t in self.ours], self.ratio
+        return {
+            "p50_us": round(float(np.percentile(walls, 50)), 1),
+            "p99_us": round(float(np.percentile(walls, 99)), 1),
+            "cpu_us": {"total": round(median(t.cpu_s for t in self.ours) * 1e6, 1)},
+            **ratio.record(),
+            "cpu_ratio": round(self.cpu_ratio, 3),
+            "goal": goal,
+            "verdict": goals.verdict(ratio.value, (ratio.low, ratio.high), goal),
+        }
+
+
+def take_turns(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> Turns:
     """A B B A, so that a slow drift of the machine meets both alike."""
     a, b = [], []
     for _ in range(repeats):
-        a.append(timed(first))
-        b.append(timed(second))
-        b.append(timed(second))
-        a.append(timed(first))
-    return a, b
+        a.append(timed(ours))
+        b.append(timed(theirs))
+        b.append(timed(theirs))
+        a.append(timed(ours))
+    return Turns(a, b)
 
 
-def turns_ratio(above: list[Timing], below: list[Timing]) -> Ratio:
-    """Of the median times of what took turns; a turn is what the interval draws."""
-    a, b = (list(np.array([t.wall_s for t in times]).reshape(-1, 2)) for times in (above, below))
-    return ratio_of_medians(a, b)
+def gbps(nbytes: int, times: list[Timing]) -> float:
+    """How fast so many bytes were moved, at the median."""
+    return nbytes / median(t.wall_s for t in times) / 1e9
+
+
+def require_close(
+    what: str, found: NDArray[Any], expected: NDArray[Any], rtol: float = 0.0, atol: float = 0.0
+) -> None:
+    """Raises BenchError unless every element is what it has to be."""
+    wrong = ~(np.abs(found - expected) <= atol + rtol * np.abs(expected))
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise BenchError(
+            f"{what} is wrong: {int(wrong.sum())} of {wrong.size} elements differ; at {at} it has "
+            f"{found[at]!r}, the reference {expected[at]!r}"
+        )
 
 
 @dataclass(slots=True)
@@ -108,18 +158,9 @@ class Result:
     elements: int
     moved_bytes: int
     shape: str  # of the fastest stream
-    kernel: list[Timing]
-    stream: list[Timing]
-
-    def ratio(self, clock: str) -> float:
-        ours, best = ([getattr(t, clock) for t in times] for times in (self.kernel, self.stream))
-        return median(best) / median(ours)
-
-    def gbps(self, times: list[Timing]) -> float:
-        return self.moved_bytes / median(t.wall_s for t in times) / 1e9
+    turns: Turns  # of the kernel and the stream
 
     def record(self) -> Record:
-        walls = [t.wall_s * 1e6 for t in self.kernel]
         return {
             "bench": "kernels",
             "what": self.case,
@@ -127,15 +168,10 @@ class Result:
             "contributors": self.contributors,
             "elements": self.elements,
             "bytes": self.moved_bytes,
-            "p50_us": round(float(np.percentile(walls, 50)), 1),
-            "p99_us": round(float(np.percentile(walls, 99)), 1),
-            "gbps": round(self.gbps(self.kernel), 2),
-            "stream_gbps": round(self.gbps(self.stream), 2),
+            "gbps": round(gbps(self.moved_bytes, self.turns.ours), 2),
+            "stream_gbps": round(gbps(self.moved_bytes, self.turns.theirs), 2),
             "stream_shape": self.shape,
-            **turns_ratio(self.stream, self.kernel).record(),
-            "cpu_ratio": round(self.ratio("cpu_s"), 3),
-            "goal": GOAL,
-            "met": self.ratio("wall_s") >= GOAL,
+            **self.turns.record(GOAL),
         }
 
 
@@ -169,7 +205,10 @@ class ApplyCase:
         )
 
     def check(self) -> None:
-        """The first step against NumPy, wherever the element lies."""
+        """The first step against NumPy, wherever the element lies.
+
+        Raises BenchError when it is wrong.
+        """
         sample = np.linspace(0, self.n - 1, 100_000).astype(np.int64)
         before = self.weights[sample]
         grad = np.mean([slot[sample] for slot in self.slots], axis=0, dtype=np.float64)
@@ -178,7 +217,7 @@ class ApplyCase:
             expected = before - 1e-3 * grad
         else:
             expected = before - 1e-3 * grad / (np.abs(grad) + 1e-8)
-        np.testing.assert_allclose(self.weights[sample], expected, rtol=1e-5, atol=1e-6)
+        require_close(self.name, self.weights[sample], expected, rtol=1e-5, atol=1e-6)
         self.job.steps[0] = 2
 
     def apply(self) -> None:
@@ -200,7 +239,6 @@ class ApplyCase:
             b: median(timed(lambda b=b: self.stream(b)).cpu_s for _ in range(tries)) for b in BLOCKS
         }
         block = min(pace, key=pace.__getitem__)
-        kernel, stream = take_turns(self.apply, lambda: self.stream(block), repeats)
         return Result(
             case=self.name,
             memory=self.memory,
@@ -208,8 +246,7 @@ class ApplyCase:
             elements=self.n,
             moved_bytes=4 * self.n * (len(self.slots) + 2 + 2 * len(self.states)),
             shape=f"block {block}",
-            kernel=kernel,
-            stream=stream,
+            turns=take_turns(self.apply, lambda: self.stream(block), repeats),
         )
 
 
@@ -225,11 +262,12 @@ def run_encode(memory: str, n: int, repeats: int) -> Result:
         ctypes.memmove(slot.ctypes.data, source.ctypes.data, 4 * n)
 
     sum_sq, finite = encode()
-    assert finite
-    assert np.array_equal(slot, source)
-    np.testing.assert_allclose(sum_sq, np.square(source, dtype=np.float64).sum(), rtol=1e-9)
-    kernel, stream = take_turns(encode, copy, repeats)
-    return Result("encode", memory, 1, n, 8 * n, "memcpy", kernel, stream)
+    require_close("encode", slot, source)
+    expected = np.square(source, dtype=np.float64).sum()
+    require_close("encode's norm", np.array([sum_sq]), np.array([expected]), rtol=1e-9)
+    if not finite:
+        raise BenchError("encode is wrong: it takes finite values for others")
+    return Result("encode", memory, 1, n, 8 * n, "memcpy", take_turns(encode, copy, repeats))
 
 
 def results(
@@ -243,25 +281,29 @@ def results(
         yield run_encode(memory, n, repeats)
 
 
-def table(done: list[Result]) -> Table:
-    shown = Table(title=f"{done[0].elements / 1e6:g} M float32 parameters, {native.isa()}")
+def table(done: list[Result], other_cpu: float) -> Table:
+    shown = Table(
+        title=f"{done[0].elements / 1e6:g} M float32 parameters, {native.isa()}",
+        caption=f"other processes used {other_cpu:.0%} of the cores",
+    )
     for title in ("kernel", "memory"):
         shown.add_column(title)
     for title in ("contributors", "ms", "GB/s", "stream GB/s", "shape", "ratio", "cpu"):
         shown.add_column(title, justify="right")
     for r in done:
+        record = r.record()
         judged = r.elements > _QUICK_ELEMENTS  # not what fits into cache
-        colour = "default" if not judged else "green" if r.ratio("wall_s") >= GOAL else "red"
+        colour = goals.COLOURS[record["verdict"]] if judged else "default"
         shown.add_row(
             r.case,
             r.memory,
             str(r.contributors),
-            f"{median(t.wall_s for t in r.kernel) * 1e3:.2f}",
-            f"{r.gbps(r.kernel):.1f}",
-            f"{r.gbps(r.stream):.1f}",
+            f"{r.turns.ms:.2f}",
+            f"{record['gbps']:.1f}",
+            f"{record['stream_gbps']:.1f}",
             r.shape,
-            f"[{colour}]{r.ratio('wall_s'):.2f}[/{colour}]",
-            f"{r.ratio('cpu_s'):.2f}",
+            f"[{colour}]{record['ratio']:.2f}[/{colour}]",
+            f"{record['cpu_ratio']:.2f}",
         )
     return shown
 
@@ -279,13 +321,15 @@ def prepare(options: Options, repeats: int | None = None, threads: int | None = 
         origin = {"isa": native.isa(), "threads": threads, **facts()}
         for size in sizes:
             n = max(1, size // 128) * 128
-            done = []
+            done, others = [], harness.Others()
             with out.progress(2 * (len(RULES) * len(counts) + 1)) as tick:
                 for result in results(n, turns, threads, counts):
                     tick(result.case)
-                    out.record({**result.record(), **origin})
+                    # Since the first case: one alone may be shorter than the kernel's clock ticks.
+                    busy = {"other_cpu": round(others.share(), 3)}
+                    out.record({**result.record(), **busy, **origin})
                     done.append(result)
-            out.show(table(done))
+            out.show(table(done, others.share()))
 
     return job
 

@@ -77,9 +77,8 @@ def goals_table(records: Sequence[Record]) -> Table:
     table = Table(title="goals", title_justify="left")
     for title in ("goal", "bound", "measured", "95 % interval", ""):
         table.add_column(title)
-    colours = {"met": "green", "missed": "red", "open": "yellow"}
     for row in _goal_rows(records):
-        table.add_row(*row[:-1], f"[{colours[row[-1]]}]{row[-1]}[/]")
+        table.add_row(*row[:-1], f"[{goals.COLOURS[row[-1]]}]{row[-1]}[/]")
     return table
 
 
@@ -89,15 +88,8 @@ def _goal_rows(records: Sequence[Record]) -> list[Cells]:
         if judged is not None:
             bound = f"{'≤' if goal.at_most else '≥'} {goal.bound:g}"
             interval = "" if judged.interval is None else "{:.2f}–{:.2f}".format(*judged.interval)
-            rows.append((goal.text, bound, f"{judged.value:.3g}", interval, verdict(judged)))
+            rows.append((goal.text, bound, f"{judged.value:.3g}", interval, judged.verdict))
     return rows
-
-
-def verdict(judged: goals.Judged) -> str:
-    """`met` or `missed` if the whole interval says so, otherwise `open`."""
-    if not judged.certain:
-        return "open"
-    return "met" if judged.met else "missed"
 
 
 # --- one section a suite -------------------------------------------------------------------------

@@ -5,23 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
 from . import harness
-from .harness import Plan
+from .harness import Level, Plan
 from .peers.base import BenchError
 
 T = TypeVar("T")
-
-
-class Level(Enum):
-    """How long a run may take: about a minute for all suites, some minutes each, or as needed."""
-
-    QUICK = "quick"
-    NORMAL = "normal"
-    FULL = "full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +25,7 @@ class Options:
     restarts  how often every process is started anew: a layout of memory, or a placement on the
               cores, that is lucky for somebody lasts as long as the process does
     minutes   of the soak
+    given     what was chosen by whoever asks, by the names of `read`: "sizes", "cycles", ...
     """
 
     level: Level
@@ -44,6 +36,7 @@ class Options:
     workers: tuple[int, ...] | None = None
     peers: str | None = None
     minutes: float | None = None
+    given: frozenset[str] = frozenset()
 
     def by_level(self, quick: T, normal: T, full: T) -> T:
         """The one of the three that this run's level asks for."""
@@ -66,17 +59,28 @@ def read(
     """The command line's words as options. Raises BenchError naming what cannot be read."""
     if quick and full:
         raise BenchError("--quick and --full exclude each other")
+    chosen: dict[str, object] = {
+        "sizes": sizes,
+        "workers": workers,
+        "peers": peers,
+        "minutes": minutes,
+        "restarts": restarts,
+        "cycles": cycles,
+        "calm": calm,
+        "seed": seed or None,
+    }
     level = Level.QUICK if quick else Level.FULL if full else Level.NORMAL
-    starts = {Level.QUICK: 1, Level.NORMAL: 2, Level.FULL: 5}[level]
+    starts = {Level.QUICK: 1, Level.NORMAL: 3, Level.FULL: 5}[level]
     return Options(
         level=level,
-        plan=harness.plan(quick, cycles, calm),
+        plan=harness.plan(level, cycles, calm),
         restarts=starts if restarts is None else restarts,
         seed=seed,
         sizes=None if sizes is None else tuple(harness.parse_sizes(sizes)),
         workers=None if workers is None else parse_workers(workers),
         peers=peers,
         minutes=minutes,
+        given=frozenset(name for name, value in chosen.items() if value is not None),
     )
 
 

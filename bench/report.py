@@ -16,8 +16,6 @@ from .origin import facts as facts
 from .out import Out, Record
 from .stats import PERCENTILES, Ratio, ratio_of_medians
 
-COLOURS = {"met": "green", "missed": "red", "open": "yellow"}
-
 # The options that all comparisons share.
 Workers = Annotated[str, typer.Option("-n", "--workers", help="as 2, or 2,4 one by one")]
 Restarts = Annotated[int | None, typer.Option("--restarts", min=1, help="of every process")]
@@ -106,7 +104,11 @@ def _record(case: Case, subject: str) -> dict[str, Any]:
 
 
 def _judged(case: Case, ratio: Ratio, goal: float) -> Record:
-    return {"goal": round(goal, 3), "verdict": ratio.verdict(goal, case.starts)}
+    return {"goal": round(goal, 3), "verdict": _verdict(case, ratio, goal)}
+
+
+def _verdict(case: Case, ratio: Ratio, goal: float) -> str:
+    return goals.verdict(ratio.value, (ratio.low, ratio.high), goal, starts=case.starts)
 
 
 def figures(measured: Measured) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def _cell(case: Case, subject: str, peer: str) -> str:
     text = f"{ratio.value:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
     if goal is None:
         return text
-    colour = COLOURS[ratio.verdict(goal, case.starts)]
+    colour = goals.COLOURS[_verdict(case, ratio, goal)]
     return f"[{colour}]{text} goal {goal:.3g}[/{colour}]"
 
 

@@ -10,7 +10,7 @@ turns, so that they are comparable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,12 @@ from rich.table import Table
 from . import harness, report, suites
 from .harness import Entry, Run
 from .options import Options
-from .out import Out
+from .out import Out, Record
 from .peers import problem
 from .peers.base import BenchError
 from .peers.hubs import Hubs, Hubs2, Hubs4
 from .peers.zps_round import Zps
-from .stats import ratio_of_medians
+from .stats import Ratio, ratio_of_medians
 from .suites import Teams
 
 EACH = {"parameters": "a parameter", "workers": "a worker", "hubs": "a parameter"}
@@ -71,13 +71,16 @@ def prepare(options: Options) -> suites.Job:
             f"scale: {what} without {point.name}: there is not enough memory"
             for point in _drop_what_does_not_fit(points, own)
         ]
+    parts = {what: points for what, points in parts.items() if len(points) > 1}
+    if not parts:
+        alone = "scale: growth is what lies between two points: give two --sizes or two --workers"
+        raise BenchError("; ".join(notes) or alone)
 
     def job(out: Out) -> None:
         for note in notes:
             out.note(note)
         for what, points in parts.items():
-            if len(points) > 1:
-                tell(what, points, measure(points, options, out), out)
+            tell(what, points, measure(points, options, out), out)
 
     return job
 
@@ -104,7 +107,7 @@ def parts_of(options: Options) -> dict[str, list[Point]]:
 def _drop_what_does_not_fit(points: list[Point], allowed: bool) -> list[Point]:
     """Takes the largest off `points` until they fit; returns them. Raises BenchError instead."""
     have, dropped = harness.available_bytes(), []
-    while (need := sum(point.memory_bytes for point in points)) > have and points:
+    while points and (need := _memory_bytes(points)) > have:
         if not allowed:
             raise BenchError(
                 f"scale: {points[-1].name} and what it is compared with need about "
@@ -113,6 +116,12 @@ def _drop_what_does_not_fit(points: list[Point], allowed: bool) -> list[Point]:
             )
         dropped.append(points.pop())
     return dropped
+
+
+def _memory_bytes(points: Sequence[Point]) -> int:
+    """Of all points together, and of the largest one's reference, as harness.require_memory's."""
+    reference = 5 * 4 * max(point.size for point in points)
+    return reference + sum(point.memory_bytes for point in points)
 
 
 def measure(points: Sequence[Point], options: Options, out: Out) -> Run:
@@ -147,31 +156,47 @@ def tell(what: str, points: Sequence[Point], run: Run, out: Out) -> None:
             f"{row['relative']:.2f} ({low:.2f}–{high:.2f})",
         )
     out.show(table)
-    linear = {} if what == "hubs" else {"off_linear": off_linear(told)}
-    origin = {"other_cpu": round(run.other_cpu, 3), **report.facts()}
+    linear = {} if what == "hubs" else off_linear(what, points, run)
+    origin = {
+        "restarts": len(next(iter(run.measured.values())).restarts) or 1,
+        "other_cpu": round(run.other_cpu, 3),
+        **report.facts(),
+    }
     out.record({"bench": "scale", "what": what, "points": told, **linear, **origin})
 
 
-def off_linear(points: Sequence[Mapping[str, Any]]) -> float:
-    """By how much the dearest point's relative time is above the smallest's, as a share of it.
+def off_linear(what: str, points: Sequence[Point], run: Run) -> Record:
+    """By how much the dearest point's relative time is above the smallest's, and the interval.
 
     A single worker has nobody to wait for: growth is counted from two workers on.
     """
-    shared = [p["relative"] for p in points if p["workers"] > 1] or [1.0]
-    return float(round(max(shared) / shared[0] - 1, 3))
+    shared = [point for point in points if point.workers > 1] or points[:1]
+    ratios = [relative(what, point, shared[0], run) for point in shared]
+    # Of the largest: it is at least any point's, and another one than the dearest may turn out so.
+    value, low, high = (
+        round(max(getattr(ratio, end) for ratio in ratios) - 1, 3)
+        for end in ("value", "low", "high")
+    )
+    return {"off_linear": value, "off_linear_ci95": [low, high]}
 
 
-def _told(what: str, point: Point, smallest: Point, run: Run) -> dict[str, Any]:
+def relative(what: str, point: Point, smallest: Point, run: Run) -> Ratio:
+    """The time of a point for each of what grows, over that of the smallest."""
     own, first = run.measured[point.name], run.measured[smallest.name]
     ratio = ratio_of_medians(own.cycles, first.cycles, restarts=own.restarts)
     units = [p.workers if what == "workers" else p.size for p in (smallest, point)]
     share = units[0] / units[1]
+    return Ratio(ratio.value * share, ratio.low * share, ratio.high * share)
+
+
+def _told(what: str, point: Point, smallest: Point, run: Run) -> dict[str, Any]:
+    ratio = relative(what, point, smallest, run)
     return {
         "name": point.name,
         "size": point.size,
         "workers": point.workers,
         "hubs": point.hubs,
-        **report.figures(own),
-        "relative": round(ratio.value * share, 3),
-        "relative_ci95": [round(ratio.low * share, 3), round(ratio.high * share, 3)],
+        **report.figures(run.measured[point.name]),
+        "relative": round(ratio.value, 3),
+        "relative_ci95": [round(ratio.low, 3), round(ratio.high, 3)],
     }

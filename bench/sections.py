@@ -22,7 +22,6 @@ def section(name: str, records: Sequence[Record]) -> str:
     compared = [record for record in records if "peers" in record and "p50_us" in record]
     others = [record for record in records if record not in compared]
     parts = [_ratios(compared)] if compared else []
-    parts += ["\n".join(f"- {line}" for r in compared if "link" in r for line in link(r))]
     parts += [_OTHERS.get(name, _plain)(others)] if others else []
     return "\n\n".join(filter(None, parts))
 
@@ -124,8 +123,9 @@ def server_time(record: Record) -> str:
 
 
 def _wire(records: Sequence[Record]) -> str:
-    tell = {"node": node, "memory": memory}
-    return "\n".join(f"- {tell[record['what']](record)}" for record in records)
+    tell = {"link": link, "node": node, "memory": memory}
+    lines = [tell[record["what"]](record) for record in records]
+    return "\n".join(f"- {line}" for part in lines for line in part)
 
 
 def link(record: Record) -> list[str]:
@@ -143,24 +143,24 @@ def link(record: Record) -> list[str]:
     return [*lines, f"none: {found['share']:.1%} of the {rate:.0f} Mb/s of plain TCP{goal}"]
 
 
-def node(record: Record) -> str:
+def node(record: Record) -> list[str]:
     """What a node of several workers sends and gets a round, beside one worker."""
     (sent, alone), (got, back) = (
         (record[way]["bytes"] / 1e6, record[way]["formula"] / 1e6) for way in ("to_hub", "from_hub")
     )
-    return (
+    return [
         f"node: {record['workers']} workers send {sent:.2f} MB a round, one would send "
         f"{alone:.2f}; they get {got:.2f} MB, one would get {back:.2f}"
-    )
+    ]
 
 
-def memory(record: Record) -> str:
+def memory(record: Record) -> list[str]:
     """What a hub holds while one of its workers is late."""
     pushed, held = record["bytes"] / 1e6, record["peak_bytes"] / 1e6
-    return (
+    return [
         f"memory: a hub of {record['workers']} workers who push {pushed:.1f} MB each, one of them "
         f"late, held {held:.0f} MB, {record['ratio']:.2f} × what it must; goal {record['goal']:g}"
-    )
+    ]
 
 
 def _scale(records: Sequence[Record]) -> str:
@@ -209,8 +209,11 @@ def _breakdown(records: Sequence[Record]) -> str:
     for record in records:
         whole = sum(record["parts_us"].values())
         shares = (f"{name} {us / whole:.0%}" for name, us in record["parts_us"].items())
-        rows.append((human(record["size"]), str(record["workers"]), ", ".join(shares)))
-    return table(("parameters", "n", "share of a round"), rows)
+        timed = record.get("round_p50_us")
+        times = f"{whole:.0f} / {'?' if timed is None else f'{timed:.0f}'}"
+        rows.append((human(record["size"]), str(record["workers"]), times, ", ".join(shares)))
+    titles = ("parameters", "n", "µs: sum of the parts / median round", "share of the sum")
+    return table(titles, rows)
 
 
 def _plain(records: Sequence[Record]) -> str:

@@ -37,6 +37,7 @@ MEMORY_FLOOR = 4 << 20
 LATENCY_LIMIT = 0.25
 _CALM = 0.1  # share of the cores
 _LEAST_LOOKS = 8
+_PATIENCE_S = 60.0  # beyond the time that was asked for, on a machine where no round begins in time
 _LOOKS = 240
 _ATOL = 1e-3  # rounding of very many steps, beside weights of about 1
 
@@ -63,12 +64,15 @@ class Look:
 class Verdict:
     """What the looks amount to. `faults` are sentences; none means that the run was steady.
 
-    memory_growth  the largest of a process, from the second quarter to the last, as a share
-    latency_drift  of the median time of a round, likewise
-    calm           other processes used little: otherwise the drift says nothing, and is no fault
+    memory_growth      the largest of a process, from the second quarter to the last, as a share
+    memory_of_allowed  the growth of a process as a share of what it may grow by; more than 1 is a
+                       fault
+    latency_drift      of the median time of a round, from the second quarter to the last
+    calm               other processes used little: otherwise the drift is no fault
     """
 
     memory_growth: float
+    memory_of_allowed: float
     latency_drift: float
     calm: bool
     descriptors_more: int
@@ -110,7 +114,10 @@ def soak(size: int, world: int, seconds: float, seed: int, out: Out) -> list[Loo
 
 
 def watch(team: Team, seconds: float, tick: Callable[[str], None]) -> list[Look]:
-    """Looks at a running team, at even distances, until the time is over."""
+    """Looks at a running team, at even distances, until the time is over.
+
+    Raises BenchError when the machine is so busy that there is too little to judge.
+    """
     began, every = time.monotonic(), seconds / _LOOKS
     looks: list[Look] = []
     rounds, a_block = 0, 10
@@ -122,6 +129,8 @@ def watch(team: Team, seconds: float, tick: Callable[[str], None]) -> list[Look]
             rounds += a_block
         samples = np.concatenate(parts)
         if not samples.size:  # every round began late: the machine was elsewhere
+            if time.monotonic() - began > seconds + _PATIENCE_S:
+                raise BenchError("nearly every round began late: this machine is too busy to soak")
             continue
         at_s = time.monotonic() - began
         looks.append(_look(team, at_s, rounds, samples, others.share()))
@@ -147,7 +156,7 @@ def judge(looks: Sequence[Look]) -> Verdict:
     """Compares the second quarter of a run with the last."""
     quarter = len(looks) // 4
     before, after = looks[quarter : 2 * quarter], looks[-quarter:]
-    growth, faults = _memory(before, after)
+    growth, of_allowed, faults = _memory(before, after)
     for what in ("descriptors", "threads"):
         more = _more(before, after, what)
         if more > 0:
@@ -158,6 +167,7 @@ def judge(looks: Sequence[Look]) -> Verdict:
         faults.append(f"a round takes {drift:.0%} longer than before")
     return Verdict(
         round(growth, 4),
+        round(of_allowed, 3),
         round(drift, 3),
         calm,
         _more(before, after, "descriptors"),
@@ -166,15 +176,18 @@ def judge(looks: Sequence[Look]) -> Verdict:
     )
 
 
-def _memory(before: Sequence[Look], after: Sequence[Look]) -> tuple[float, list[str]]:
-    worst, faults = 0.0, []
+def _memory(before: Sequence[Look], after: Sequence[Look]) -> tuple[float, float, list[str]]:
+    """The largest growth of a process, as a share of what it had and of what is allowed; faults."""
+    worst, of_allowed, faults = 0.0, 0.0, []
     for number in range(len(before[0].memory_bytes)):
         then = float(np.median([look.memory_bytes[number] for look in before]))
         now = float(np.median([look.memory_bytes[number] for look in after]))
         worst = max(worst, (now - then) / then)
-        if now - then > max(MEMORY_FLOOR, MEMORY_LIMIT * then):
+        allowed = max(MEMORY_FLOOR, MEMORY_LIMIT * then)
+        of_allowed = max(of_allowed, (now - then) / allowed)
+        if now - then > allowed:
             faults.append(f"process {number} has grown by {(now - then) / 2**20:.1f} MiB")
-    return worst, faults
+    return worst, of_allowed, faults
 
 
 def _more(before: Sequence[Look], after: Sequence[Look], what: str) -> int:

@@ -34,11 +34,15 @@ def files_of(path: Path) -> dict[str, list[Path]]:
     return found
 
 
-def totals(path: Path) -> dict[str, float]:
-    """Name → microseconds of all its complete events. Raises BenchError for another format."""
+def totals(path: Path, since_us: float = 0.0) -> dict[str, float]:
+    """Name → microseconds of all its complete events that began at `since_us` or later.
+
+    Raises BenchError for another format.
+    """
     try:
         events = json.loads(path.read_text())["traceEvents"]
-        complete = [event for event in events if event.get("ph") == "X"]
+        every = [event for event in events if event.get("ph") == "X"]
+        complete = [event for event in every if float(event["ts"]) >= since_us]
         sums: dict[str, float] = {}
         for event in complete:
             sums[event["name"]] = sums.get(event["name"], 0.0) + float(event["dur"])
@@ -47,16 +51,18 @@ def totals(path: Path) -> dict[str, float]:
         raise BenchError(f"{path} is not a trace: {error!r}") from None
 
 
-def breakdown(path: Path, rounds: int) -> dict[str, float]:
+def breakdown(path: Path, rounds: int, since_us: float = 0.0) -> dict[str, float]:
     """Name → microseconds of one of `rounds` rounds, in the order in which they happen.
+
+    since_us  when the first of them began, by the monotonic clock; what began earlier is left out
 
     A mean over the workers, and over the hubs. Raises BenchError when nobody has written.
     """
     files = files_of(path)
     if not any(files.values()):
         raise BenchError(f"no process has written a trace beside {path}")
-    worker = _mean([totals(file) for file in files["worker"]], rounds)
-    hub = _mean([totals(file) for file in files["hub"]], rounds)
+    worker = _mean([totals(file, since_us) for file in files["worker"]], rounds)
+    hub = _mean([totals(file, since_us) for file in files["hub"]], rounds)
     parts = {name: worker[name] for name in BEFORE if name in worker}
     parts |= {name: hub[name] for name in HUB if name in hub}
     if WAIT in worker:

@@ -28,13 +28,6 @@ class Ratio:
     low: float
     high: float
 
-    def verdict(self, least: float, starts: int) -> str:
-        """`met` or `missed` if the whole interval is on one side of the least ratio that is aimed
-        at, and more than one start stands behind it; otherwise `open`."""
-        if starts < 2 or self.low < least < self.high:
-            return "open"
-        return "met" if self.value >= least else "missed"
-
     def record(self) -> dict[str, Any]:
         """As every JSON line has it."""
         return {

@@ -17,7 +17,7 @@ from .harness import Entry, Run
 from .naming import nearest
 from .options import Level, Options, require_writable
 from .out import Out, complaints
-from .peers.base import Peer
+from .peers.base import BenchError, Peer
 from .peers.team import Team
 
 # What is left of a suite once its options are checked: it measures, and tells.
@@ -62,6 +62,24 @@ SUITES = (
     Suite("soak", "does anything grow, leak or slow down over minutes?"),
 )
 
+# The options that each suite heeds, by their names in `options.read`; --peers is for those that
+# have some. Of TAKES_FIRST they heed the first value.
+_COMPARED = "restarts cycles calm seed"
+TAKES = {
+    "kernels": "sizes workers",
+    "codecs": "sizes workers",
+    "step": f"sizes workers {_COMPARED}",
+    "rtt": f"workers {_COMPARED}",
+    "pull": f"sizes workers {_COMPARED}",
+    "breakdown": f"sizes workers {_COMPARED}",
+    "wire": f"sizes {_COMPARED}",
+    "train": f"workers {_COMPARED}",
+    "converge": "workers restarts seed",
+    "scale": f"sizes workers {_COMPARED}",
+    "soak": "sizes workers minutes seed",
+}
+TAKES_FIRST = {"converge": "workers", "soak": "sizes workers"}
+
 
 def choose(names: Sequence[str]) -> list[Suite]:
     """The suites of these names, in their own order; of none, all.
@@ -79,18 +97,58 @@ def prepare(chosen: Sequence[Suite], options: Options) -> list[tuple[Suite, Job]
     """The jobs of all suites; nothing has been started when one of them raises BenchError.
 
     `options.peers` is for all of them: each takes those that it knows, or its own choice if it
-    knows none. A name that no chosen suite knows is an error.
+    knows none. A name that no chosen suite knows is an error. What else was given and is not for a
+    suite is a note of its job. So is what a suite cannot do here if nobody has asked for it, by
+    sizes, workers or participants, unless there is no other suite.
     """
     wanted = [name.strip() for name in options.peers.split(",")] if options.peers else []
     known = list(dict.fromkeys(name for suite in chosen for name in suite.peers))
     for name in wanted:
         if name not in known:
             raise nearest(name, known, "peer")
-    jobs = []
+    if any("minutes" in TAKES[suite.name] for suite in chosen):  # meant for those, by its own words
+        options = replace(options, given=options.given - {"minutes"})
+    jobs: list[tuple[Suite, Job]] = []
+    refused: list[BenchError] = []
     for suite in chosen:
-        own = ",".join(name for name in wanted if name in suite.peers)
-        jobs.append((suite, suite.prepare(replace(options, peers=own or None))))
+        peers = ",".join(name for name in wanted if name in suite.peers)
+        own = replace(options, peers=peers or None)
+        try:
+            job = suite.prepare(own)
+        except BenchError as error:
+            if options.given & {"sizes", "workers", "peers"}:
+                raise
+            refused.append(error)
+            jobs.append((suite, _noting(f"{suite.name} is skipped: {error}")))
+            continue
+        if ignored := _ignored(suite, own):
+            job = _noting(f"{suite.name} ignores {', '.join(ignored)}", job)
+        jobs.append((suite, job))
+    if len(refused) == len(jobs):
+        raise refused[0]
     return jobs
+
+
+def _ignored(suite: Suite, options: Options) -> list[str]:
+    """What was given and makes no difference to this suite; `options.peers` are those it knows."""
+    heeded = set(TAKES[suite.name].split()) | ({"peers"} if options.peers else set())
+    ignored = [f"--{name}" for name in sorted(options.given - heeded)]
+    return ignored + [
+        f"all but the first of --{name}"
+        for name in TAKES_FIRST.get(suite.name, "").split()
+        if len(getattr(options, name) or ()) > 1
+    ]
+
+
+def _noting(text: str, job: Job | None = None) -> Job:
+    """A job that says something before it begins."""
+
+    def noted(out: Out) -> None:
+        out.note(text)
+        if job is not None:
+            job(out)
+
+    return noted
 
 
 def participants(

@@ -10,6 +10,7 @@ would. `memory`: what a hub holds when eight workers push and one is late.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from . import footprint, harness, netns, report, sections, suites
+from . import footprint, goals, harness, netns, report, sections, suites
+from .kernels import require_memory
 from .netns import Counters, Host
 from .options import Level, Options, read
 from .out import Out, Record
@@ -43,6 +45,7 @@ _COUNTED_ROUNDS = 3
 _NODE_WORKERS = 4
 _QUICK_CASES = "link,memory"
 _MEMORY_WORKERS, _MEMORY_BYTES, _QUICK_MEMORY_BYTES = 8, 100_000_000, 16 << 20
+_MEMORY_COPIES = 3 * _MEMORY_WORKERS + 4  # slot, weights, what is under way of each; the hub's
 _SIZE, _QUICK_SIZE = 25_000_000, 1_000_000
 
 app = typer.Typer(add_completion=False)
@@ -56,10 +59,11 @@ Peers = Sequence[type[Remote]]
 
 def measure_link(
     peers: Peers, size: int, rate: str, options: Options, out: Out
-) -> tuple[Case, dict[str, str]]:
+) -> tuple[Case, Record]:
     """All codecs at one size: results first, then bytes, then time, anew for each restart.
 
-    Returns the case, and why each participant that is not in it was left out.
+    Returns the case, and what is not about one participant: the bytes of each of them, the cable,
+    and why each participant that is not in the case was left out.
     """
     steps = len(peers) * (4 + options.plan.blocks) + 1
     with out.progress(options.restarts * steps) as tick, netns.network(rate) as (hub, workers):
@@ -75,9 +79,9 @@ def measure_link(
         "share": round(share, 3),
     }
     if size >= _SIZE:  # a model of few buckets has no second one to send while the first comes back
-        link |= {"goal": SHARE_GOAL, "met": share >= SHARE_GOAL}
-    facts = {"wire": wire, "link": link, "skipped": skipped, **report.facts()}
-    return Case("wire", size, 4 * size, 1, run, facts), skipped
+        link |= {"goal": SHARE_GOAL, "verdict": goals.verdict(share, None, SHARE_GOAL)}
+    found = {"size": size, "workers": 1, "wire": wire, "link": link, "skipped": skipped}
+    return Case("wire", size, 4 * size, 1, run, report.facts()), found
 
 
 class _Start(NamedTuple):
@@ -185,12 +189,11 @@ def _compared(counted: int, packets: int, formula: int) -> dict[str, Any]:
     return {"bytes": round(per_round), "formula": round(expected), "off": round(off, 5)}
 
 
-def tell_link(case: Case, skipped: dict[str, str], out: Out) -> None:
+def tell_link(case: Case, found: Record, out: Out) -> None:
     """The table and the lines of the case, and what they do not show."""
     report.tell(case, out)
-    for line in sections.link(case.facts):
-        out.show(line)
-    for name, reason in skipped.items():
+    _tell("link", sections.link(found), found, out)
+    for name, reason in found["skipped"].items():
         _skip(name, reason, out)
 
 
@@ -259,15 +262,16 @@ def measure_memory(out: Out, nbytes: int = _MEMORY_BYTES) -> dict[str, Any]:
         "needed_bytes": found.needed,
         "ratio": round(found.peak / found.needed, 3),
         "goal": footprint.ALLOWED,
-        "met": found.bounded,
+        "verdict": "met" if found.bounded else "missed",
     }
 
 
 # --- what a person reads -------------------------------------------------------------------------
 
 
-def _tell(case: str, line: str, record: Record, out: Out) -> None:
-    out.show(line)
+def _tell(case: str, lines: Sequence[str], record: Record, out: Out) -> None:
+    for line in lines:
+        out.show(line)
     out.record({"bench": "wire", "what": case, **record, **report.facts()})
 
 
@@ -297,16 +301,33 @@ def unavailable(case: str) -> str | None:
     return netns.unavailable()
 
 
+def check_rate(rate: str) -> None:
+    """Raises BenchError for what is no rate in tc's words."""
+    if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?([kmgt]i?)?(bit|bps)", rate.lower()):
+        raise BenchError(f"{rate!r} is not a rate: give it as 1gbit or 100mbit")
+
+
 def prepare(options: Options, cases: str | None = None, rate: str = "1gbit") -> suites.Job:
-    """Those of `cases` (comma-separated; None: all) that can run here, at each size."""
+    """Those of `cases` (comma-separated; None: all) that can run here, at each size.
+
+    Raises BenchError when sizes that were asked for do not fit into memory; of its own sizes it
+    leaves out what does not fit.
+    """
+    check_rate(rate)
     sizes = options.sizes or (options.by_level(_QUICK_SIZE, _SIZE, _SIZE),)
     quick = options.level is Level.QUICK and options.sizes is None
     chosen = choose_cases(cases or (_QUICK_CASES if quick else None))
     peers, notes = choose_peers(options)
-    reasons = {name: unavailable(name) for name in chosen}
-    for size in sizes if "link" in chosen and not reasons["link"] else ():
-        harness.require_memory(peers, size, 1, payload_bytes=4 * size)
     memory_bytes = options.by_level(_QUICK_MEMORY_BYTES, _MEMORY_BYTES, _MEMORY_BYTES)
+    reasons = {name: unavailable(name) for name in chosen}
+    for name in chosen:
+        try:
+            if reasons[name] is None:
+                _require_memory(name, peers, sizes, memory_bytes)
+        except BenchError as error:
+            if options.sizes and name != "memory":
+                raise
+            reasons[name] = str(error)
 
     def job(out: Out) -> None:
         for note in notes:
@@ -322,6 +343,19 @@ def prepare(options: Options, cases: str | None = None, rate: str = "1gbit") -> 
                     _run_between_hosts(name, peers, size, rate, options, out)
 
     return job
+
+
+def _require_memory(case: str, peers: Peers, sizes: Sequence[int], memory_bytes: int) -> None:
+    """Raises BenchError when a case does not fit into memory."""
+    if case == "memory":
+        require_memory(memory_bytes // 4, _MEMORY_COPIES)
+        return
+    for size in sizes:
+        if case == "link":
+            harness.require_memory(peers, size, 1, payload_bytes=4 * size)
+        else:  # each worker works the reference out
+            payload_bytes = 4 * size * _NODE_WORKERS
+            harness.require_memory([Remote], size, _NODE_WORKERS, payload_bytes=payload_bytes)
 
 
 def _run_between_hosts(

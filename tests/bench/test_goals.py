@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from bench import goals, markdown
+from dataclasses import asdict
+
+from bench import goals, soak
 from bench.goals import GOALS, Goal, Judged, judge
 from bench.train import WIDTH, parameters
 from tests.bench.samples import scale, told
+from tests.bench.test_soak import looks
 
 
 def found(text: str, judged: list[tuple[Goal, Judged | None]]) -> Judged | None:
@@ -18,7 +21,7 @@ def test_a_ratio_is_held_against_the_goal_for_its_size_and_workers() -> None:
     two, four = found("in place vs gloo, 25 M, n = 2", judged), found("gloo, 25 M, n = 4", judged)
     assert two is not None
     assert four is not None
-    assert (two.value, two.met, four.value, four.met) == (7.0, True, 5.0, False)
+    assert (two.value, two.verdict, four.value, four.verdict) == (7.0, "met", 5.0, "missed")
     assert found("vs mpi, 25 M, n = 4", judged) is None
     assert found("in place vs gloo, 25 M, n = 2", judge(told(size=1000, zps=1.0, gloo=9.0))) is None
 
@@ -27,21 +30,36 @@ def test_a_goal_of_at_most_is_told_in_its_own_direction() -> None:
     record = told("rtt", 1000, 2, zps=150.0, echo=100.0)
     one = found("1 K round, n = 2 ÷ raw pyzmq", judge(record))
     assert one is not None
-    assert (round(one.value, 2), one.met) == (1.5, False)
+    assert (round(one.value, 2), one.verdict) == (1.5, "missed")
     assert one.interval is not None
     assert one.interval[0] <= one.value <= one.interval[1]
 
 
 def test_the_latest_record_counts() -> None:
-    one = found("workers, off linear", judge([scale("workers", 1, 1.5), scale("workers", 1, 1.1)]))
+    one = found("workers, off linear", judge([scale("workers", 1, 1.5), scale("workers", 1, 1.02)]))
     assert one is not None
-    assert (round(one.value, 2), one.met) == (0.1, True)
+    assert (round(one.value, 2), one.verdict) == (0.02, "met")
+
+
+def test_growth_is_judged_by_its_interval() -> None:
+    one = found("workers, off linear", judge([scale("workers", 1, 1.151)]))
+    assert one is not None
+    assert one.verdict == "open"
+
+
+def test_what_a_soak_calls_steady_is_within_its_goal() -> None:
+    for more, expected in ((3 << 20, "met"), (5 << 20, "missed")):
+        told = soak.judge(looks(memory_bytes=lambda n, more=more: [(10 << 20) + more * (n > 20)]))
+        record = {"bench": "soak", "what": "zps", **asdict(told)}
+        one = found("soak: growth of memory", judge([record]))
+        assert one is not None
+        assert (one.verdict == "met", one.verdict) == (told.steady, expected)
 
 
 def test_an_interval_that_contains_the_bound_leaves_the_goal_open() -> None:
     goal = Goal("", "step", "zps", 6.0, "gloo")
     verdicts = [
-        markdown.verdict(Judged(goal, value, interval))
+        Judged(goal, value, interval).verdict
         for value, interval in (
             (7.0, (6.5, 7.5)),
             (7.0, (5.5, 7.5)),

@@ -26,7 +26,7 @@ from bench.peers.gloo import Gloo
 from bench.peers.rpc import Rpc
 from bench.peers.team import Block, Cpu, merge
 from bench.peers.zps_round import Zps, ZpsGrad
-from bench.stats import Ratio, ratio_of_medians
+from bench.stats import ratio_of_medians
 
 PEERS: tuple[type[Peer], ...] = (Zps, ZpsGrad, Gloo, Rpc)
 
@@ -158,16 +158,6 @@ def test_the_interval_covers_what_only_another_start_would_show(starts: int) -> 
         assert ratio.low <= ratio.value <= ratio.high
         covered += ratio.low <= 3.0 <= ratio.high
     assert 181 <= covered <= 199  # 95 % of 200, and three standard deviations
-
-
-@pytest.mark.parametrize(
-    ("bound", "starts", "verdict"),
-    [(1.5, 2, "met"), (3.5, 2, "missed"), (2.5, 2, "open"), (1.5, 1, "open")],
-)
-def test_a_goal_is_open_while_the_interval_or_a_single_start_leaves_it_so(
-    bound: float, starts: int, verdict: str
-) -> None:
-    assert Ratio(2.4, 2.0, 3.0).verdict(bound, starts) == verdict
 
 
 def test_the_ratio_of_several_starts_is_their_geometric_mean() -> None:

@@ -29,7 +29,7 @@ RECORDS: list[Record] = [
     *WIRE,
     kernel(1),
     kernel(2),
-    scale("workers", 1.0, 1.25),
+    scale("workers", 1.0, 1.3),
     SOAK,
     CONVERGE,
     BREAKDOWN,
@@ -51,13 +51,14 @@ def test_a_report_has_a_section_for_each_suite_and_says_where_it_was_measured() 
     "line",
     [
         "| round in place vs gloo, 25 M, n = 2 | ≥ 6 | 7 | 7.00–7.00 | met |",
-        "| growth with workers, off linear | ≤ 0.15 | 0.25 |  | missed |",
+        "| growth with workers, off linear | ≤ 0.15 | 0.3 | 0.20–0.40 | missed |",
+        "| soak: growth of memory, of what is allowed | ≤ 1 | 1.75 |  | missed |",
         "| zps-grad vs gloo | 25 M | 2 | 3.50 (3.50–3.50) | 3 | 0.200 / 0.700 | 0.300 / 1.050 "
         "| 9 / 9 | 25% |",
         "| sgd | engine | 2 | 25 M | 0.95 (0.90–1.00) | 0.85 | 12.0 |",
-        "| workers | point 1 | 0.100 | 1.25 (1.15–1.35) |",
+        "| workers | point 1 | 0.100 | 1.30 (1.20–1.40) |",
         "| bsp int8 | 4 | 1.25 | 0.250 | 97.0% |",
-        "| 25 M | 2 | encode 25%, apply 50%, wake 25% |",
+        "| 25 M | 2 | 400 / 410 | encode 25%, apply 50%, wake 25% |",
         "- a round's processor time, n = 2: hub 5 µs, echo 20 µs: 0.25 × (0.20–0.50)",
         "| int8 | 0.50 (0.40–0.60) |  | 0.70 (0.60–0.80) |",
         "- encode topk 1 %, 25 M: torch.topk takes 12.0 × as long (11.90–12.10), goal 5",
@@ -70,7 +71,7 @@ def test_a_report_has_a_section_for_each_suite_and_says_where_it_was_measured() 
     ],
 )
 def test_its_tables_hold_what_was_measured(line: str) -> None:
-    assert line in markdown.render(RECORDS, [], Path()).splitlines()
+    assert markdown.render(RECORDS, [], Path()).splitlines().count(line) == 1
 
 
 def test_goals_that_were_not_measured_are_named() -> None:
@@ -91,7 +92,7 @@ def test_a_report_of_nothing_is_one() -> None:
 
 def test_the_terminal_shows_only_goals_that_were_measured() -> None:
     assert markdown.goals_table([]).row_count == 0
-    assert markdown.goals_table(RECORDS).row_count == 7
+    assert markdown.goals_table(RECORDS).row_count == 8
 
 
 def test_every_plot_is_drawn_when_there_is_something_to_show(tmp_path: Path) -> None:

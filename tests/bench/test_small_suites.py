@@ -7,20 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from bench import breakdown, converge, harness, pull, rtt, scale
 from bench.converge import BASE, Way
-from bench.harness import Measured, Plan, Run
+from bench.harness import Measured, Run
 from bench.options import read
 from bench.out import Out, Record
-from bench.peers import problem
+from bench.peers import digits_loop, problem
 from bench.peers.base import BenchError, Peer, Seat
 from bench.peers.echo import Echo
 from bench.peers.hubs import Hubs2
+from bench.peers.team import Cpu
 from bench.peers.zps_round import Zps
+from bench.report import Case
 from bench.scale import Point
 
 
@@ -28,7 +32,7 @@ from bench.scale import Point
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := Zps.available():
         pytest.skip(reason)
-    monkeypatch.setattr(harness, "QUICK", Plan(cycles=2, block_s=0.01))
+    monkeypatch.setitem(harness.PLANS, harness.Level.QUICK, harness.Plan(cycles=2, block_s=0.01))
 
 
 def records_of(capsys: pytest.CaptureFixture[str]) -> list[Record]:
@@ -46,6 +50,26 @@ def test_a_round_trip_is_told_in_time_and_in_the_servers_processor_time(
     assert cpu["server_us"] > 0
     assert all(found["cpu_us"]["workers"] > 0 for found in (times, times["peers"]["echo"]))
     assert times["cpu_us"]["server"] == pytest.approx(cpu["server_us"], abs=0.1)
+
+
+def test_starts_that_disagree_widen_the_interval_of_processor_time(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def measured(*server_us: float, restarts: list[int]) -> Measured:
+        cpu = [Cpu(1.0, us) for us in server_us for _ in range(20)]
+        return Measured([np.full(3, 50.0)] * sum(restarts), {}, restarts=restarts, cpu=cpu)
+
+    # The last start has lost a cycle, of which every round began late.
+    for restarts in ([10] * 4, [10, 10, 10, 9]):
+        both = {
+            "zps": measured(*[10.0] * 4, restarts=restarts),
+            "echo": measured(20.0, 20.0, 20.0, 40.0, restarts=restarts),
+        }
+        rtt.tell_cpu(Case("rtt", 1000, 4000, 2, Run(both, 1.0, 0.0)), Out())
+        (record,) = records_of(capsys)
+        low, high = record["peers"]["echo"]["ratio_ci95"]
+        assert low < 2.0
+        assert high > 4.0
 
 
 @contextmanager
@@ -93,13 +117,56 @@ def test_growth_is_told_for_each_point_beside_the_smallest(
     assert (second["relative"], record["off_linear"]) == (1.5, 0.5)
 
 
-def test_growth_counts_from_two_workers_on() -> None:
-    def points(*pairs: tuple[int, float]) -> list[Record]:
-        return [{"workers": workers, "relative": relative} for workers, relative in pairs]
+def test_the_largest_points_are_left_out_when_they_and_their_reference_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    points = [Point(size, 2, 1) for size in (10_000_000, 20_000_000, 100_000_000)]
+    fits = sum(point.memory_bytes for point in points[:2])
+    monkeypatch.setattr(harness, "available_bytes", lambda: fits + 20 * points[1].size - 1)
+    left = list(points)
+    assert scale._drop_what_does_not_fit(left, True) == [points[2], points[1]]
+    monkeypatch.setattr(harness, "available_bytes", lambda: fits + 20 * points[1].size)
+    left = list(points)
+    assert scale._drop_what_does_not_fit(left, True) == [points[2]]
 
-    assert scale.off_linear(points((2, 1.0), (4, 0.9), (8, 0.95))) == 0.0
-    assert scale.off_linear(points((2, 1.0), (4, 1.3), (8, 1.1))) == 0.3
-    assert scale.off_linear(points((1, 1.0), (2, 2.0), (4, 2.2))) == 0.1
+
+@pytest.mark.parametrize(
+    ("relative", "off"),
+    [
+        ({2: 1.0, 4: 0.9, 8: 0.95}, 0.0),
+        ({2: 1.0, 4: 1.3, 8: 1.1}, 0.3),
+        ({1: 1.0, 2: 2.0, 4: 2.2}, 0.1),
+    ],
+)
+def test_growth_counts_from_two_workers_on(relative: dict[int, float], off: float) -> None:
+    points = [Point(1000, workers, 1) for workers in relative]
+    measured = {
+        point.name: Measured([np.full(3, 100.0 * point.workers * relative[point.workers])] * 2, {})
+        for point in points
+    }
+    found = scale.off_linear("workers", points, Run(measured, 1.0, 0.0))
+    assert found == {"off_linear": off, "off_linear_ci95": [off, off]}
+
+
+@pytest.mark.parametrize(
+    ("times", "off", "least", "most"),
+    [
+        ((220.0, 250.0, 240.0, 260.0), 0.225, 0.09, 0.31),
+        ((150.0, 190.0, 250.0, 170.0), 0.0, 0.0, 0.26),
+    ],
+)
+def test_growth_may_be_that_of_any_point_within_its_interval(
+    times: tuple[float, ...], off: float, least: float, most: float
+) -> None:
+    points = [Point(1000, workers, 1) for workers in (2, 4, 8)]
+    measured = {
+        point.name: Measured([np.full(3, us) for us in cycles], {})
+        for point, cycles in zip(points, ([100.0] * 4, times, [400.0] * 4), strict=True)
+    }
+    found = scale.off_linear("workers", points, Run(measured, 1.0, 0.0))
+    low, high = found["off_linear_ci95"]
+    assert found["off_linear"] == off
+    assert least <= low <= off < high < most
 
 
 def test_growth_with_workers_is_by_worker(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +189,41 @@ def test_a_job_tells_its_loss_and_the_bytes_of_its_codec(tmp_path: Path) -> None
     curve = converge.learn(Way("bsp", "onebit"), tmp_path / "digits.npz", 1, 2, seed=0)
     assert curve["loss"][-1] < curve["loss"][0]
     assert curve["push_bytes"] < 4 * 75_000 / 16
+
+
+def test_the_loss_is_worked_out_when_no_round_is_left_that_could_go_on_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    seen: list[int | str] = []
+
+    class Counting(torch.nn.CrossEntropyLoss):  # type: ignore[misc, name-defined]
+        def forward(self, output: Any, target: Any) -> Any:
+            seen.append(len(target))
+            return super().forward(output, target)
+
+    zps = SimpleNamespace(
+        init=lambda: None,
+        rank=lambda: 0,
+        world_size=lambda: 2,
+        Optimizer=lambda optimizer, net: optimizer,
+        shutdown=lambda: seen.append("over"),
+    )
+    settings = SimpleNamespace(mode="async")
+    sizes = SimpleNamespace(push=SimpleNamespace(encoded_nbytes=300_000))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of this very process
+    monkeypatch.setattr(digits_loop, "zps", zps)
+    monkeypatch.setattr(digits_loop, "current", lambda: SimpleNamespace(settings=settings))
+    monkeypatch.setattr(digits_loop, "measure", lambda net, settings: sizes)
+    monkeypatch.setattr(digits_loop.nn, "CrossEntropyLoss", Counting)
+    rounds = 10
+    images, labels = np.eye(64, dtype=np.float32)[np.arange(640) % 64], np.arange(640) % 10
+    np.savez(tmp_path / "data.npz", images, images[:7], labels, labels[:7])
+    digits_loop.main(tmp_path / "data.npz", tmp_path / "curve.json", 1, seed=0)
+    curve = json.loads((tmp_path / "curve.json").read_text())
+    assert curve["rounds"] == [0, 4, 8, 10]
+    assert curve["loss"][-1] < curve["loss"][0]
+    assert seen == [digits_loop.BATCH] * rounds + ["over"] + [len(labels)] * len(curve["loss"])
 
 
 def test_a_way_that_does_not_learn_is_an_error() -> None:
@@ -167,4 +269,12 @@ def test_where_the_engine_writes_traces_they_make_up_a_round(
     breakdown.tell(1000, 1, breakdown.measure(1000, 1, 5, seed=3), Out())
     (record,) = records_of(capsys)
     assert {"encode", "apply", "wake"} <= record["parts_us"].keys()
+    assert record["round_p50_us"] is None or record["round_p50_us"] > 0
     assert all(np.isfinite(us) and us >= 0 for us in record["parts_us"].values())
+
+
+def test_parts_that_do_not_add_up_to_a_round_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {"encode": 60.0, "apply": 60.0}
+    for p50_us, said in ((120.0, False), (130.0, False), (100.0, True), (200.0, True)):
+        breakdown.tell(1000, 1, breakdown.Round(parts, p50_us), Out())
+        assert ("not shares of it" in capsys.readouterr().err) == said

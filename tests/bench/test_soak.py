@@ -15,6 +15,7 @@ from bench.out import Out
 from bench.peers import problem
 from bench.peers.base import BenchError
 from bench.peers.problem import Array
+from bench.peers.team import Block
 from bench.peers.zps_round import Zps
 from bench.soak import Look, judge
 
@@ -94,6 +95,26 @@ def test_a_moment_of_it_ends_with_a_verdict(capsys: pytest.CaptureFixture[str]) 
     assert record["rounds"] == seen[-1].rounds >= 80
     assert record["descriptors_more"] == record["threads_more"] == 0
     assert len(record["looks"][0]["memory_bytes"]) == 2  # the worker and the hub
+
+
+def test_a_machine_on_which_every_round_begins_late_ends_the_soak(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blocks = 0
+
+    class Late:
+        def run(self, rounds: int) -> Block:
+            nonlocal blocks
+            blocks += 1
+            assert blocks < 100, "it goes on for ever"
+            return Block(np.empty(0), rounds)
+
+        def cpu_s(self) -> float:
+            return 0.0
+
+    monkeypatch.setattr(soak, "_PATIENCE_S", 0.0)
+    with pytest.raises(BenchError, match="too busy to soak"):
+        soak.watch(Late(), 0.0, lambda text: None)  # type: ignore[arg-type]
 
 
 def test_wrong_weights_at_the_end_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,15 @@ def test_the_hubs_work_is_taken_from_the_workers_wait(tmp_path: Path) -> None:
     }
 
 
+def test_what_began_before_the_rounds_that_count_is_left_out(tmp_path: Path) -> None:
+    def event(ts: float, us: float) -> dict[str, Any]:
+        return {"ph": "X", "name": "encode", "ts": ts, "dur": us}
+
+    file = tmp_path / "t.worker0.json"
+    file.write_text(json.dumps({"traceEvents": [event(10.0, 500.0), event(20.0, 3.0)]}))
+    assert spans.breakdown(tmp_path / "t.json", rounds=1, since_us=20.0) == {"encode": 3.0}
+
+
 def test_a_name_that_is_missing_has_no_part(tmp_path: Path) -> None:
     write(tmp_path / "t.worker0.json", ("encode", 3.0), ("something new", 9.0))
     assert spans.breakdown(tmp_path / "t.json", rounds=1) == {"encode": 3.0}

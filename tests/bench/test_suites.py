@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from bench import __main__ as entry
 from bench import harness, options, plots, suites
+from bench.harness import Plan
 from bench.options import Options, parse_workers, read
 from bench.origin import facts
 from bench.out import Out
@@ -49,6 +51,7 @@ def test_suites_run_in_their_own_order_and_all_by_default() -> None:
         (["pull", "--sizes", "900G"], "GiB are free"),
         (["scale", "--sizes", "1M,900G"], "GiB are free"),
         (["soak", "--sizes", "900G"], "GiB are free"),
+        (["scale", "--quick", "--sizes", "1M", "-n", "2"], "give two --sizes or two --workers"),
         (["step", "-n", "2,x"], "'x' is not a number of workers"),
         (["--quick", "--full"], "exclude each other"),
         (["--json", "/nowhere/lines"], "/nowhere/lines cannot be written"),
@@ -66,11 +69,78 @@ def test_nonsense_is_refused_before_any_work(
     assert not started
 
 
+def test_a_suite_that_does_not_fit_here_is_skipped_unless_it_is_the_only_one(
+    started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "available_bytes", lambda: 1 << 20)
+    result = CliRunner().invoke(entry.app, ["kernels", "rtt"])
+    assert result.exit_code == 0, result.stderr
+    assert "kernels is skipped: size 25 M needs about" in result.stderr
+    assert started == ["rtt None"]
+    assert CliRunner().invoke(entry.app, ["kernels"]).exit_code == 2
+    assert CliRunner().invoke(entry.app, ["kernels", "rtt", "--sizes", "1M"]).exit_code == 2
+
+
+@pytest.mark.parametrize("arguments", [["step", "--peers", "glo"], ["--from", "nowhere"]])
+def test_what_is_refused_leaves_no_folder(
+    arguments: list[str], tmp_path: Path, started: list[str]
+) -> None:
+    places = ["--report", str(tmp_path / "r.md"), "--json", str(tmp_path / "r.jsonl")]
+    assert CliRunner().invoke(entry.app, [*arguments, *places]).exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_each_suite_takes_the_participants_it_knows(started: list[str]) -> None:
     arguments = ["step", "rtt", "pull", "--peers", "zps,gloo"]
     result = CliRunner().invoke(entry.app, arguments)
     assert result.exit_code == 0, result.stderr
     assert started == ["step zps,gloo", "rtt zps", "pull None"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["kernels", "--restarts", "2", "--calm", "0.1"], "kernels ignores --calm, --restarts"),
+        (["rtt", "--sizes", "1K", "--cycles", "3"], "rtt ignores --sizes"),
+        (["rtt", "pull", "--peers", "echo"], "pull ignores --peers"),
+        (["rtt", "--minutes", "1"], "rtt ignores --minutes"),
+        (["soak", "-n", "1,2", "--sizes", "1K"], "soak ignores all but the first of --workers"),
+        (["--from", "LINES", "step"], "with --from nothing is measured"),
+    ],
+)
+def test_an_option_that_makes_no_difference_is_told(
+    arguments: list[str], said: str, started: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "lines").touch()
+    result = CliRunner().invoke(
+        entry.app, [str(tmp_path / "lines") if word == "LINES" else word for word in arguments]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert [line for line in result.stderr.splitlines() if line.startswith(said)]
+
+
+def test_options_that_are_heeded_or_not_given_are_not_told(started: list[str]) -> None:
+    arguments = ["rtt", "soak", "-n", "1", "--minutes", "1", "--seed", "3"]
+    result = CliRunner().invoke(entry.app, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "ignores" not in result.stderr
+
+
+def test_every_suite_says_what_it_takes() -> None:
+    assert list(suites.TAKES) == [suite.name for suite in SUITES]
+    known = {field.name for field in fields(Options)} | {field.name for field in fields(Plan)}
+    assert set(" ".join(suites.TAKES.values()).split()) <= known
+
+
+def test_a_quick_run_measures_the_sizes_that_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from bench import codecs
+
+    asked = list[int]()
+    monkeypatch.setattr(codecs, "require_memory", lambda size, streams: asked.append(size))
+    codecs.prepare(read(quick=True, sizes="25M"))
+    assert asked == [25_000_000]
 
 
 def test_a_suite_that_fails_does_not_stop_the_others(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +231,7 @@ def test_workers_are_read_one_by_one() -> None:
 def test_levels_differ_in_restarts_and_cycles() -> None:
     quick, normal, full = read(quick=True), read(), read(full=True)
     assert quick.restarts < normal.restarts < full.restarts
-    assert quick.plan == harness.QUICK
+    assert quick.plan == harness.PLANS[harness.Level.QUICK]
     assert [o.by_level(1, 2, 3) for o in (quick, normal, full)] == [1, 2, 3]
     assert read(restarts=7).restarts == 7
 

@@ -9,7 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import harness, train
-from bench.harness import Plan
 from bench.peers.base import Seat
 from bench.peers.training import TrainLocal, parameters, reference
 
@@ -22,7 +21,7 @@ def test_ways_to_share_gradients_are_checked_and_timed(monkeypatch: pytest.Monke
     for peer in train.PEERS:
         if reason := peer.available():
             pytest.skip(f"{peer.name}: {reason}")
-    monkeypatch.setattr(harness, "QUICK", Plan(cycles=2, block_s=0.01))
+    monkeypatch.setitem(harness.PLANS, harness.Level.QUICK, harness.Plan(cycles=2, block_s=0.01))
     arguments = ["--width", "16", "--quick"]
     result = CliRunner().invoke(train.app, arguments)
     assert result.exit_code == 0, result.stderr

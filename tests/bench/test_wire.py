@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import harness, netns, wire
+from bench.options import read
 from bench.out import Out
 from bench.peers import encoded, problem, remote
 from bench.peers import team as teams_of
@@ -158,10 +159,16 @@ def test_a_worker_that_shares_memory_is_found_out(monkeypatch: pytest.MonkeyPatc
     ("arguments", "said"),
     [
         (["--size", "many"], "'many' is not a size"),
+        (["--size", "900G", "--cases", "node"], "GiB are free"),
+        (["--rate", "nonsense"], "'nonsense' is not a rate"),
+        (["--rate", "0gbit"], "'0gbit' is not a rate"),
         (["--cases", "link,hub"], "unknown case 'hub': choose from link, node, memory"),
     ],
 )
-def test_nonsense_is_refused_before_any_work(arguments: list[str], said: str) -> None:
+def test_nonsense_is_refused_before_any_work(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(netns, "unavailable", lambda: None)
     result = CliRunner().invoke(wire.app, arguments)
     assert result.exit_code == 2
     assert said in " ".join(result.stderr.split())
@@ -178,11 +185,23 @@ def test_without_a_network_a_case_is_skipped_with_the_reason(
     assert "node is skipped: only root may" in result.stderr
 
 
+def test_a_case_that_does_not_fit_into_memory_is_skipped_unless_its_size_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(netns, "unavailable", lambda: None)
+    monkeypatch.setattr(harness, "available_bytes", lambda: 1 << 30)
+    wire.prepare(read())(Out())
+    said = capsys.readouterr().err
+    assert all(f"{case} is skipped: size 25 M" in said for case in wire.CASES)
+    with pytest.raises(BenchError, match="size 25 M"):
+        wire.prepare(read(sizes="25M"))
+
+
 def test_the_command_prints_bytes_time_and_what_it_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip_unless_possible()
-    monkeypatch.setattr(harness, "QUICK", harness.Plan(cycles=2, block_s=0.01))
+    monkeypatch.setitem(harness.PLANS, harness.Level.QUICK, harness.Plan(cycles=2, block_s=0.01))
     monkeypatch.setattr(wire, "PEERS", (Remote, RemoteInt8))
     kept = tmp_path / "lines.json"
     arguments = ["--size", "100K", "--cases", "link", "--quick", "--json", str(kept)]
@@ -190,7 +209,7 @@ def test_the_command_prints_bytes_time_and_what_it_skipped(
     assert result.exit_code == 0, result.stderr
     assert result.stdout == kept.read_text()
     records = [json.loads(line) for line in result.stdout.splitlines()]
-    first = records[0]
+    (first,) = [record for record in records if record["what"] == "link"]
     assert set(first["wire"]) | set(first["skipped"]) == {peer.name for peer in wire.PEERS}
     assert 0 < first["link"]["share"] < 1.2
     for name, reason in first["skipped"].items():
@@ -200,7 +219,7 @@ def test_the_command_prints_bytes_time_and_what_it_skipped(
 def test_a_case_of_one_record_is_a_line_with_its_origin(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wire._tell("memory", "a line", {"peak_bytes": 7}, Out(json_file=tmp_path / "lines"))
+    wire._tell("memory", ["a line"], {"peak_bytes": 7}, Out(json_file=tmp_path / "lines"))
     record = json.loads(capsys.readouterr().out)
     assert (record["bench"], record["what"], record["peak_bytes"]) == ("wire", "memory", 7)
     assert {"machine", "commit"} <= record.keys()
