@@ -2,8 +2,7 @@
 
 Method: every participant's processes live for the whole run and wait without using a core. The
 parties take turns in mirrored blocks (A B C, C B A), so that a slow drift of the machine meets all
-of them alike. A ratio is one of medians; its interval comes from resampling whole cycles, because
-rounds timed one after another are not independent.
+of them alike, and a ratio is one of medians of the same cycle: see stats.
 """
 
 from __future__ import annotations

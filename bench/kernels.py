@@ -90,7 +90,7 @@ class Turns:
 
     @property
     def ratio(self) -> Ratio:
-        """Their median time over ours; a turn is what the interval draws."""
+        """Their median time over ours."""
         theirs, ours = (
             list(np.array([t.wall_s for t in times]).reshape(-1, 2))
             for times in (self.theirs, self.ours)

@@ -17,15 +17,17 @@ _HOW_TO_READ = """\
 
 - **Ratios are the result.** Times depend on this machine, and on what else it did; they are shown
   so that a ratio can be judged, and mean nothing beside those of another run.
-- A ratio is one of medians, the other's time over that of the first column: more than 1 means that
-  the first column is faster. In parentheses is its 95 % interval, from resampling restarts and
-  cycles. **If it contains 1, nothing was found; if it contains the goal, the goal is open.**
+- A ratio is the other's time over that of the first column: more than 1 means that the first column
+  is faster. It is one of medians of the same cycle, and the geometric mean of all starts; in
+  parentheses is its 95 % interval. **If it contains 1, nothing was found; if it contains the goal,
+  or if everything was started only once, the goal is open.**
 - Everybody's result was compared with NumPy's before anything was timed; a participant with wrong
   weights ends its suite.
 - Participants took turns (A B C C B A) with all processes alive; "others" is the share of all
   cores that processes outside of the comparison used meanwhile. Above a few per cent, measure again
   with `--calm 0.05`.
-- "cpu" is the processor time, user and system, of all processes of a participant a round.
+- "cpu" is the processor time, user and system, of all processes of a participant a round; that of
+  servers also between rounds.
 """
 
 

@@ -8,14 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from .peers.team import Samples
 
-Indices = npt.NDArray[np.intp]
-
 PERCENTILES = (1, 2, 5, *range(10, 91, 5), 95, 98, 99)
-_AT_A_TIME = 1 << 18  # elements
 _NORMAL = 1.959964  # the normal distribution's 97.5 %
 _STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 
@@ -37,36 +33,49 @@ class Ratio:
 
 
 def ratio_of_medians(
-    above: Sequence[Samples],
-    below: Sequence[Samples],
-    *,
-    restarts: Sequence[int] = (),
-    draws: int = 1000,
-    seed: int = 0,
+    above: Sequence[Samples], below: Sequence[Samples], *, restarts: Sequence[int] = ()
 ) -> Ratio:
     """median(above) / median(below), and its 95 % interval.
 
     above, below  the samples of each cycle; cycle i of both was measured together
     restarts      how many of the cycles, in order, each start of the processes has
 
-    What a start decides for good, its own cycles cannot tell. So with two starts or more each gives
-    one ratio, and the result is their geometric mean with Student's interval. With one start it is
-    that start's ratio; the interval is a bootstrap over its cycles, whole ones so that pairs stay
-    pairs, and says nothing of other starts.
-    Sources: Kalibera and Jones, Rigorous Benchmarking in Reasonable Time, section 9; Efron and
-    Tibshirani, An Introduction to the Bootstrap, section 13.3.
+    Every cycle gives a ratio of medians, so that a machine that is slow for a while slows both of
+    its parts, and the result of a start is the median of its cycles. What a start decides for good
+    its own cycles cannot tell: with two starts or more the result is their geometric mean with
+    Student's interval. With one it is that start's; its interval lies between two of the cycles, as
+    far apart as 95 % asks for (the outermost are 75 % of three, 94 % of five), and says nothing of
+    other starts.
+    Sources: Kalibera and Jones, Rigorous Benchmarking in Reasonable Time, section 9; Conover,
+    Practical Nonparametric Statistics, section 3.2 (order statistics).
     """
-    groups = _groups(len(above), restarts)
-    if len(groups) == 1:
-        picks = np.random.default_rng(seed).integers(len(above), size=(draws, len(above)))
-        ratios = _medians(above, picks) / _medians(below, picks)
-        low, high = np.percentile(ratios, [2.5, 97.5])
-        value = np.median(np.concatenate(above)) / np.median(np.concatenate(below))
-        return Ratio(float(value), float(low), float(high))
-    logs = np.log([_median(above, group) / _median(below, group) for group in groups])
+    cycles = np.array([np.median(a) / np.median(b) for a, b in zip(above, below, strict=True)])
+    starts = _starts(cycles, restarts)
+    if len(starts) == 1:
+        outer = _outer(len(cycles))
+        low, high = np.sort(cycles)[[outer, len(cycles) - 1 - outer]]
+        return Ratio(float(np.median(cycles)), float(low), float(high))
+    logs = np.log([np.median(start) for start in starts])
     middle = float(logs.mean())
     margin = _student(len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
     return Ratio(math.exp(middle), math.exp(middle - margin), math.exp(middle + margin))
+
+
+def _outer(count: int) -> int:
+    """How many of `count` samples may lie outside on either side of an interval of their median."""
+    outer, share = 0, 2 * 0.5**count
+    while share + 2 * math.comb(count, outer + 1) * 0.5**count <= 0.05:
+        outer += 1
+        share += 2 * math.comb(count, outer) * 0.5**count
+    return outer
+
+
+def _starts(cycles: Samples, restarts: Sequence[int]) -> list[Samples]:
+    """The cycles of each start."""
+    lengths = [length for length in restarts if length]
+    if sum(lengths) != len(cycles):
+        return [cycles]
+    return np.split(cycles, np.cumsum(lengths)[:-1])
 
 
 def _student(freedom: int) -> float:
@@ -75,28 +84,3 @@ def _student(freedom: int) -> float:
         return _STUDENT[freedom - 1]
     z = _NORMAL  # Abramowitz and Stegun, 26.7.5
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-
-
-def _median(cycles: Sequence[Samples], group: Indices) -> float:
-    return float(np.median(np.concatenate([cycles[index] for index in group])))
-
-
-def _groups(cycles: int, restarts: Sequence[int]) -> list[Indices]:
-    lengths = [length for length in restarts if length]
-    if sum(lengths) != cycles:
-        lengths = [cycles]
-    ends = np.cumsum(lengths)
-    return [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-
-
-def _medians(cycles: Sequence[Samples], picks: Indices) -> Samples:
-    """(draws,): the median of the cycles that each row of picks, (draws, k), names."""
-    if len({len(cycle) for cycle in cycles}) == 1:
-        table = np.stack(cycles)
-        # As many draws at a time as fit into cache: a table of all of them may be a gigabyte.
-        step = max(1, _AT_A_TIME // table.size)
-        parts = [picks[at : at + step] for at in range(0, len(picks), step)]
-        return np.concatenate(
-            [np.median(table[part].reshape(len(part), -1), axis=1) for part in parts]
-        )
-    return np.array([_median(cycles, pick) for pick in picks])
