@@ -18,6 +18,7 @@ MOMENTUM = 0.9
 
 # They sum to zero, which keeps weights bounded over any number of rounds, and are exact in float32.
 _FACTORS = (1.0, -0.5, 0.75, -1.25)
+CYCLE = len(_FACTORS)  # rounds
 
 
 def initial_weights(numel: int, seed: int) -> Array:

@@ -80,10 +80,27 @@ def test_rounds_that_slow_down_are_a_fault_unless_others_were_busy() -> None:
 def test_the_weights_after_any_number_of_rounds_are_those_of_the_reference() -> None:
     for rounds in (1, 2, 50):
         np.testing.assert_allclose(
-            soak.expected_after(rounds, 100, 2, seed=3),
-            problem.reference(2, 100, 3, rounds),
+            soak.expected_at(np.arange(10, 60), rounds, 100, 2, seed=3),
+            problem.reference(2, 100, 3, rounds)[10:60],
             atol=1e-5,
         )
+
+
+def test_a_round_that_was_lost_among_very_many_is_found() -> None:
+    rounds = 5000
+
+    class Other:
+        peer = Zps
+
+        def __init__(self, done: int) -> None:
+            self._done = done
+
+        def weights(self) -> Iterator[tuple[int, Array]]:
+            yield 0, soak.expected_at(np.arange(100), self._done, 100, 1, seed=3)
+
+    soak.check_sample(Other(rounds), rounds, 100, 1, seed=3)  # type: ignore[arg-type]
+    with pytest.raises(BenchError, match="worker 0 has wrong weights after 5000 rounds"):
+        soak.check_sample(Other(rounds - 4), rounds, 100, 1, seed=3)  # type: ignore[arg-type]
 
 
 def test_a_moment_of_it_ends_with_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
