@@ -15,6 +15,10 @@ from .peers.base import BenchError
 T = TypeVar("T")
 
 
+class NothingToDo(BenchError):
+    """What was asked for leaves nothing for a suite; others may well do it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """What all suites have in common; None leaves a choice to the suite.

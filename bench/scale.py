@@ -18,7 +18,7 @@ from rich.table import Table
 
 from . import harness, report, suites
 from .harness import Entry, Run
-from .options import Options
+from .options import NothingToDo, Options
 from .out import Out, Record
 from .peers import problem
 from .peers.base import BenchError
@@ -74,7 +74,7 @@ def prepare(options: Options) -> suites.Job:
     parts = {what: points for what, points in parts.items() if len(points) > 1}
     if not parts:
         alone = "scale: growth is what lies between two points: give two --sizes or two --workers"
-        raise BenchError("; ".join(notes) or alone)
+        raise BenchError("; ".join(notes)) if notes else NothingToDo(alone)
 
     def job(out: Out) -> None:
         for note in notes:

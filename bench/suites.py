@@ -15,7 +15,7 @@ from . import harness, origin
 from .ending import terminable
 from .harness import Entry, Run
 from .naming import nearest
-from .options import Level, Options, require_writable
+from .options import Level, NothingToDo, Options, require_writable
 from .out import Out, complaints
 from .peers.base import BenchError, Peer
 from .peers.team import Team
@@ -98,8 +98,8 @@ def prepare(chosen: Sequence[Suite], options: Options) -> list[tuple[Suite, Job]
 
     `options.peers` is for all of them: each takes those that it knows, or its own choice if it
     knows none. A name that no chosen suite knows is an error. What else was given and is not for a
-    suite is a note of its job. So is what a suite cannot do here if nobody has asked for it, by
-    sizes, workers or participants, unless there is no other suite.
+    suite is a note of its job. So is, unless there is no other suite, what one cannot do here if
+    nobody has asked for it, by sizes, workers or participants, and what leaves it nothing to do.
     """
     wanted = [name.strip() for name in options.peers.split(",")] if options.peers else []
     known = list(dict.fromkeys(name for suite in chosen for name in suite.peers))
@@ -116,7 +116,8 @@ def prepare(chosen: Sequence[Suite], options: Options) -> list[tuple[Suite, Job]
         try:
             job = suite.prepare(own)
         except BenchError as error:
-            if options.given & {"sizes", "workers", "peers"}:
+            asked = options.given & {"sizes", "workers", "peers"}
+            if asked and not isinstance(error, NothingToDo):
                 raise
             refused.append(error)
             jobs.append((suite, _noting(f"{suite.name} is skipped: {error}")))

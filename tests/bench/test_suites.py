@@ -259,3 +259,15 @@ def test_nothing_in_bench_imports_itself_by_an_absolute_name() -> None:
         if line.lstrip().startswith(("from bench", "import bench"))
     ]
     assert not wrong
+
+
+def test_a_suite_with_nothing_to_do_does_not_keep_the_others_from_theirs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = read(quick=True, sizes="1K", workers="2")
+    (one, _), (two, job) = suites.prepare(suites.choose(["pull", "scale"]), asked)
+    assert (one.name, two.name) == ("pull", "scale")
+    job(Out())
+    assert "scale is skipped: scale: growth is what lies" in capsys.readouterr().err
+    with pytest.raises(BenchError, match="give two --sizes or two --workers"):
+        suites.prepare(suites.choose(["scale"]), asked)
