@@ -77,7 +77,8 @@ class Hivemind(Peer):
         )
 
     def pids(self) -> list[int]:
-        return descendants(os.getpid())
+        own = [self._dht.pid, self._averager.pid]
+        return own + [child for pid in own for child in descendants(pid)]
 
     def prepare(self, round_number: int) -> None:
         import torch

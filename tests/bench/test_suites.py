@@ -61,8 +61,9 @@ def test_suites_run_in_their_own_order_and_all_by_default() -> None:
     ],
 )
 def test_nonsense_is_refused_before_any_work(
-    arguments: list[str], said: str, started: list[str]
+    arguments: list[str], said: str, started: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plots, "unavailable", lambda: None)  # whether matplotlib is there or not
     result = CliRunner().invoke(entry.app, arguments)
     assert result.exit_code == 2
     assert said in " ".join(result.stderr.split())
